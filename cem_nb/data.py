@@ -145,7 +145,7 @@ def batches(
         x = to_float(split.x[idx])
         yield (augment_batch(x, augment) if augment else x), split.y[idx]
 
-# %% ../nbs/00_data.ipynb #0e20d45d
+# %% ../nbs/00_data.ipynb #1d4379f8
 def _empty(s: Split) -> Split: return Split(s.x[:0], s.y[:0])
 
 
@@ -154,7 +154,7 @@ def _take(s: Split, n: int, seed: int, what: str) -> tuple[Split, Split]:
     if n == 0: return _empty(s), s
     if n == len(s): return s, _empty(s)
     try: a, b = train_test_split(np.arange(len(s)), train_size=n, stratify=s.y.numpy(), random_state=seed)
-    except ValueError as e: raise DataError(f'cannot take {n} {what} images out of {len(s)}, stratified by class: {e}')
+    except ValueError as e: raise DataError(f'cannot take {n} {what} images out of {len(s)}, stratified by class ({e}); change n_train or val_frac')
     a, b = (torch.as_tensor(np.sort(i)) for i in (a, b))
     return Split(s.x[a], s.y[a]), Split(s.x[b], s.y[b])
 
@@ -172,7 +172,7 @@ def split_train(
     val, rest = _take(full, round(val_frac*n_train), seed, 'validation')
     return _take(rest, min(n_train, len(rest)), seed, 'training')[0], val
 
-# %% ../nbs/00_data.ipynb #cd661c39
+# %% ../nbs/00_data.ipynb #36202d89
 _ENDINGS = {'.jpg', '.jpeg', '.png'}
 
 
@@ -219,7 +219,9 @@ def _decode_all(files: list[Path], size: int | None) -> Tensor:
     "All `files` as one uint8 tensor [N, C, H, W], from the cache if it is there; 1 channel if all of them are grey."
     stat = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in (p.stat(),)]
     cache = data_dir()/'cache'/(hashlib.sha256(json.dumps([stat, size]).encode()).hexdigest()[:16] + '.npy')
-    if cache.is_file(): return torch.from_numpy(np.load(cache))
+    if cache.is_file():
+        try: return torch.from_numpy(np.load(cache))
+        except (OSError, ValueError, EOFError): pass  # damaged: decode again
     if size is None: size = _common_size(files)
     with ThreadPoolExecutor(8) as pool:
         x = np.stack(list(pool.map(lambda p: _decode(p, size, 'RGB'), files)))
@@ -231,7 +233,7 @@ def _decode_all(files: list[Path], size: int | None) -> Tensor:
         with part.open('wb') as f: np.save(f, x)
         part.replace(cache)
     except OSError as e:  # a full or read-only disk costs time, not the run
-        part.unlink(missing_ok=True)
+        if part.parent.is_dir(): part.unlink(missing_ok=True)
         warnings.warn(f'decoded images could not be cached in {cache.parent} ({e}); set CEM_DATA to a writable folder')
     return torch.from_numpy(x)
 

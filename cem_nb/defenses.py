@@ -59,12 +59,13 @@ class Dropout(Defense):
         super().__init__()
         self.drop = p
 
-# %% ../nbs/03b_defenses.ipynb #6bc2b21d
+# %% ../nbs/03b_defenses.ipynb #d74c2482
 def _centred_distances(x: Tensor) -> Tensor:
     x = x.flatten(1)
+    x = x - x.mean(0)  # distances do not change, and tight clusters keep their digits in float32
     sq = (x*x).sum(1)
-    d2 = (sq[:, None] + sq[None] - 2*x@x.T).clamp_min(0)
-    positive = d2 > 1e-12*sq.mean().clamp_min(1e-30)
+    d2 = sq[:, None] + sq[None] - 2*x@x.T
+    positive = (d2 > torch.finfo(x.dtype).eps*sq.mean()) & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     d = torch.where(positive, d2.where(positive, torch.ones_like(d2)).sqrt(), 0)  # safe square root, safe gradient
     return d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
 

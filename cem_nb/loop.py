@@ -53,7 +53,7 @@ class Progress:
     def close(self):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/03_loop.ipynb #18234bf6
+# %% ../nbs/03_loop.ipynb #c83570c3
 def _save(path: Path, content: dict):
     part = path.with_suffix('.part')
     try:
@@ -61,7 +61,7 @@ def _save(path: Path, content: dict):
         torch.save(content, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
+        if part.parent.is_dir(): part.unlink(missing_ok=True)
         warnings.warn(f'no checkpoint could be written to {path} ({e}); training goes on, but could not be resumed')
 
 
@@ -85,16 +85,18 @@ def epochs(
 ) -> Iterator[int]:
     """Yield the epochs 0..n-1 that are not done yet, each under a seed of its own, with a checkpoint after each.
 
-    torch's global generators are put back at the end. A checkpoint that cannot be written or read is a warning: it
+    The global generators of the CPU and of `device` are put back at the end. A checkpoint that cannot be written or read is a warning: it
     costs time, never the run."""
     saved = _load(checkpoint, device) if checkpoint else None
     if saved:
         for name, obj in state.items(): obj.load_state_dict(saved['state'][name])
         history[:] = saved['history']
     first = len(history)
+    cudnn, was = torch.backends.cudnn, torch.backends.cudnn.deterministic
     progress = Progress(label or stage, n)
     progress.advance(first, 'resumed' if first else '')
     try:
+        cudnn.deterministic = True  # on a GPU too, an epoch that is run again must come out the same
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             for epoch in range(first, n):
                 torch.manual_seed(stage_seed(seed, stage, epoch))
@@ -103,4 +105,6 @@ def epochs(
                 if checkpoint:
                     _save(checkpoint, dict(state={k: v.state_dict() for k, v in state.items()}, history=history))
                 progress.advance(epoch + 1, '  '.join(f'{k} {v:.4g}' for k, v in history[-1].items()))
-    finally: progress.close()
+    finally:
+        cudnn.deterministic = was
+        progress.close()

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['SCALES', 'N_REF', 'CEM']
 
-# %% ../nbs/02a_regularizer.ipynb #39958982
+# %% ../nbs/02a_regularizer.ipynb #7579116e
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from .entropy import GaussianMixture, assign, kmeans
+from .entropy import GaussianMixture, assign, kmeans, logdet_update, mutual_information_bound
 
-# %% ../nbs/02a_regularizer.ipynb #16f9b090
+# %% ../nbs/02a_regularizer.ipynb #40550fb3
 _GAMMA, _T = 0.01, 0.125  # of the release's hinge
 SCALES = ('normalized', 'mean', 'sum')
 N_REF = 50_000  # training images for which the paper states lam = 16 (CIFAR-10)
+
+
+_STATE = ('weights', 'means', 'variances', 'covariances')  # the mixture; covariances for 'full' alone
 
 
 class CEM(nn.Module):
@@ -34,6 +37,8 @@ class CEM(nn.Module):
         n_components: int | None = None,  # components of the mixture; None: 3 a class (Section 5.1), 5 in the release
         reading: str = 'paper',     # 'paper' (Eq. 7 as printed) or 'release' (as the authors' code has it)
         scale: str = 'normalized',  # of the loss over dimensions and images: 'normalized', 'mean' or 'sum', see below
+        covariance: str = 'diag',   # of a component: 'diag', or 'full' with all its off-diagonal elements
+        bound: str = 'paper',       # on H(z): 'paper' (Huber et al., Eq. 15) or 'pairwise' (Kolchinsky and Tracey)
         seed: int = 0,              # of k-means++; the global random numbers are not touched
     ):
         super().__init__()
@@ -42,18 +47,23 @@ class CEM(nn.Module):
         if not 0 <= lam < math.inf: raise ValueError(f'lam is {lam}; give a weight >= 0')
         if reading not in ('paper', 'release'): raise ValueError(f'reading is {reading!r}; choose paper or release')
         if scale not in SCALES: raise ValueError(f'scale is {scale!r}; choose one of {", ".join(SCALES)}')
+        if covariance not in ('diag', 'full'): raise ValueError(f'covariance is {covariance!r}; choose diag or full')
+        if bound not in ('paper', 'pairwise'): raise ValueError(f'bound is {bound!r}; choose paper or pairwise')
+        if reading == 'release' and (covariance, bound) != ('diag', 'paper'):
+            raise ValueError("the release's reading has its own covariance and bound; leave both at their defaults")
         per_class = 3 if reading == 'paper' else 5
         k = n_classes*per_class if n_components is None else n_components
         if k < 1 or (reading == 'release' and k % n_classes):
             raise ValueError(f'n_components is {k}; give at least 1, and for release a multiple of {n_classes} classes')
         self.noise_std, self.n_classes, self.lam, self.n_components = noise_std, n_classes, lam, k
-        self.reading, self.scale, self.seed, self.n_fits = reading, scale, seed, 0
+        self.reading, self.scale, self.covariance, self.bound = reading, scale, covariance, bound
+        self.seed, self.n_fits = seed, 0
         # buffers follow `.to(device)`; their sizes are known after the first fit only, so they are saved as extra state
-        for name in ('weights', 'means', 'variances'): self.register_buffer(name, None, persistent=False)
+        for name in _STATE: self.register_buffer(name, None, persistent=False)
 
     def get_extra_state(self):
         return dict(n_fits=self.n_fits, n_data=getattr(self, 'n_data', 0),
-                    **{k: getattr(self, k) for k in ('weights', 'means', 'variances') if self.n_fits})
+                    **{k: getattr(self, k) for k in _STATE if self.n_fits})
 
     def set_extra_state(self, state):
         for k, v in state.items(): setattr(self, k, v)
@@ -81,11 +91,20 @@ class CEM(nn.Module):
 
     def _fit_mixture(self, z_hat, g):
         gm = GaussianMixture(self.n_components, max_iter=10, warm_start=True, random_state=g)
-        if self.n_fits and (self.weights*len(z_hat) >= 1).all():  # a component that has run dry is drawn anew
+        if self.n_fits and (self.weights*len(z_hat) >= 1).all():  # else k-means++ draws all components anew
             gm.weights_, gm.means_, gm.covariances_ = (t.double() for t in (self.weights, self.means, self.variances))
         gm.fit(z_hat)
         self.weights, self.means, self.variances = (t.to(z_hat.dtype) for t in
                                                     (gm.weights_, gm.means_, gm.covariances_))
+        if self.covariance == 'full': self.covariances = self._scatter(z_hat)
+
+    def _scatter(self, z_hat):
+        "Covariances [k, m, m] about the means, each image counted with its nearest mean, as in the batches."
+        labels, cov = assign(z_hat, self.means), torch.diag_embed(self.variances)
+        for j in labels.unique().tolist():
+            d = z_hat[labels == j] - self.means[j]
+            cov[j] = d.T @ d/len(d)
+        return cov
 
     def _fit_classes(self, z_hat, y, old, g):
         k = self.n_components//self.n_classes
@@ -97,7 +116,7 @@ class CEM(nn.Module):
             n = labels.bincount(minlength=k)
             spread = (zc - m[labels]).square().mean(1)
             w.append(n/len(zc)); mu.append(m)
-            v.append(torch.zeros_like(n, dtype=zc.dtype).index_add_(0, labels, spread)/n.clamp_min(1))
+            v.append(nn.functional.one_hot(labels, k).to(zc.dtype).T @ spread/n.clamp_min(1))
         self.weights, self.means, self.variances = torch.cat(w).to(z_hat.dtype), torch.cat(mu), torch.cat(v)[:, None]
 
     def fit_encoder(
@@ -118,15 +137,38 @@ class CEM(nn.Module):
         if not self.n_fits: raise RuntimeError('the mixture is not fitted; call fit before the first batch of an epoch')
         z_hat = z_hat.flatten(1)
         if self.reading == 'release': return self._release(z_hat, y)
-        n, spread = self._batch_moments(z_hat, assign(z_hat.detach(), self.means))
-        big_n = self.n_data
+        labels, big_n = assign(z_hat.detach(), self.means), self.n_data
+        n, spread = self._batch_moments(z_hat, labels)
         self.weights = (self.weights*(big_n - len(z_hat)) + n)/big_n                                       # Eq. 5
-        a = (n/(self.weights*big_n).clamp_min(1e-12)).clamp_max(1)[:, None]  # a tiny cluster may get n_j > pi_j N
-        variances = (1 - a)*self.variances + a*spread                                                       # Eq. 6
+        a = (n/(self.weights*big_n).clamp_min(1e-12)).clamp_max(1)[:, None]  # at most 1, but for rounding
+        variances = (1 - a)*self.variances + a*spread                                                      # Eq. 6
         self.variances = variances.detach()
-        half_logdet = 0.5*torch.log1p(variances/self.noise_std**2).sum(1)   # log|S + Sp| - log|Sp|, diagonal
-        loss = (torch.special.entr(self.weights) + self.weights*half_logdet).sum()                         # Eq. 7
+        if self.covariance == 'full': loss = self._full(z_hat, labels, n, a)
+        elif self.bound == 'pairwise': loss = self._pairwise(variances)
+        else:
+            half_logdet = 0.5*torch.log1p(variances/self.noise_std**2).sum(1)  # log|S + Sp| - log|Sp|, diagonal
+            loss = (torch.special.entr(self.weights) + self.weights*half_logdet).sum()                     # Eq. 7
         return loss if self.scale == 'sum' else loss/z_hat.shape[1]
+
+    def _pairwise(self, covariances):
+        return mutual_information_bound(self.weights/self.weights.sum(), self.means, covariances, self.noise_std, 'pairwise')
+
+    def _full(self, z_hat, labels, n, a):
+        "The loss with full covariances: a batch adds a matrix of rank n_j to the carried one."
+        k, m = self.means.shape
+        rows = z_hat.new_zeros(k, int(n.max()), m)  # a cluster's deviations, padded with zeros
+        for j in labels.unique().tolist():
+            d = z_hat[labels == j] - self.means[j]
+            rows = rows.index_put((torch.full_like(labels[:len(d)], j), torch.arange(len(d), device=d.device)), d/len(d)**0.5)
+        carried = (1 - a[..., None])*self.covariances
+        new = carried + a[..., None]*rows.mT @ rows                                                        # Eq. 6
+        self.covariances = new.detach()
+        if self.bound == 'pairwise': return self._pairwise(new)
+        with torch.no_grad():
+            chol = torch.linalg.cholesky(carried.double() + self.noise_std**2*torch.eye(m, device=z_hat.device))
+        logdet = logdet_update(chol, rows, a[:, 0])                                       # log|S + Sp|, without an m x m graph
+        half_logdet = 0.5*(logdet - 2*m*math.log(self.noise_std))
+        return (torch.special.entr(self.weights) + self.weights*half_logdet).sum()                         # Eq. 7
 
     def _batch_moments(self, z_hat, labels):
         "n_j [k] and the mean square deviation from the stored means [k, m]; without atomics, so that runs repeat."

@@ -6,7 +6,7 @@
 __all__ = ['theorem1_bound', 'gaussian_entropy', 'LinearGaussian', 'ProofChain', 'proof_chain', 'LinearMixture', 'GridPosterior',
            'grid_posterior', 'oracle_attack', 'OracleMSE', 'oracle_mse']
 
-# %% ../nbs/01_theory.ipynb #120663bb
+# %% ../nbs/01_theory.ipynb #c3cc85ef
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from scipy.linalg import solve_triangular
 from scipy.special import logsumexp, softmax
 from torch import Tensor
 
-# %% ../nbs/01_theory.ipynb #c600f4c0
+# %% ../nbs/01_theory.ipynb #33e9a803
 def _array(a: ArrayLike, name: str, ndim: int) -> np.ndarray:
     "`a` as a finite float64 array of `ndim` axes, or a ValueError that names it."
     a = np.asarray(a, dtype=np.float64)
@@ -44,7 +44,7 @@ def _cholesky(cov: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(f'{name} is not positive definite, so its entropy is -inf; '
                          'drop the directions without variance or add a little to the diagonal') from None
 
-# %% ../nbs/01_theory.ipynb #52e33b2e
+# %% ../nbs/01_theory.ipynb #a528d735
 def theorem1_bound(
     h: ArrayLike,  # H(x|z) of the whole of x, in nats: a number or an array; -inf is legal
     d: int,        # dimension of x (not of z), >= 1
@@ -59,7 +59,7 @@ def theorem1_bound(
     if (2*h/d > 700).any(): raise ValueError(f'h reaches {h.max()} for d = {d}; give nats, below 350 per dimension')
     return np.exp(2*h/d - math.log(2*math.pi*math.e))[()]
 
-# %% ../nbs/01_theory.ipynb #12449d98
+# %% ../nbs/01_theory.ipynb #46de3b7e
 def gaussian_entropy(
     cov: ArrayLike,  # covariance, [..., d, d], positive definite
 ) -> np.ndarray | float:  # nats, [...]
@@ -72,7 +72,7 @@ def gaussian_entropy(
         raise ValueError('cov is singular or no covariance: it has no finite entropy; drop directions without variance')
     return (cov.shape[-1]*math.log(2*math.pi*math.e) + log_det)/2
 
-# %% ../nbs/01_theory.ipynb #2d397333
+# %% ../nbs/01_theory.ipynb #e3968afb
 class LinearGaussian:
     """A Gaussian source x ~ N(0, prior_cov) seen through a noisy linear encoder, z = W x + N(0, noise_std^2 I).
 
@@ -145,7 +145,7 @@ class LinearGaussian:
         x = rng.standard_normal((n, self.d))@self._L.T
         return x, x@self.W.T + self.noise_std*rng.standard_normal((n, self.d_z))
 
-# %% ../nbs/01_theory.ipynb #6612123c
+# %% ../nbs/01_theory.ipynb #7547d68d
 @dataclass(frozen=True)
 class ProofChain:
     "The proof of Theorem 1 (supplement 7) with numbers in it: h <= eq9 <= eq11 <= eq12, in nats."
@@ -186,7 +186,7 @@ def proof_chain(
     says xi >= 0). Source: Eq. 9, 11, 12 and 13 of supplement 7."""
     covs = _array(covs, 'covs', 3)
     S, d = covs.shape[:2]
-    h = _array(h, 'h', min(np.ndim(h), 1))
+    h = _array(h, 'h', np.ndim(h))
     if h.shape not in ((), (S,)):
         raise ValueError(f'h has shape {h.shape}; give a number, or one for each of the {S} covariances')
     w = np.full(S, 1/S) if weights is None else _array(weights, 'weights', 1)
@@ -201,7 +201,7 @@ def proof_chain(
     return ProofChain(d, float((w*h).sum()), float(w@gauss), float(w@round_), d/2*math.log(2*math.pi*math.e*xi), xi,
                       se(tr), (se(gauss - h), se(round_ - gauss), se(jensen)))
 
-# %% ../nbs/01_theory.ipynb #002f342f
+# %% ../nbs/01_theory.ipynb #9d33a54a
 def _log_normal(v: np.ndarray, chol: np.ndarray) -> np.ndarray:
     "Log density of N(0, chol chol^T) at the rows of v [S, d]."
     u = solve_triangular(chol, v.T, lower=True)
@@ -291,7 +291,7 @@ class LinearMixture:
         x, z = self.sample(n, rng)
         return proof_chain(self.neg_log_posterior(x, z), self.posterior(z)[1])
 
-# %% ../nbs/01_theory.ipynb #157c4ff9
+# %% ../nbs/01_theory.ipynb #2e3a3d6d
 class GridPosterior(NamedTuple):
     "What is known of x at S values of z, from a grid over x."
     log_p_z: np.ndarray  # log density of z, nats, [S]
@@ -338,7 +338,7 @@ def grid_posterior(
         raise ValueError('one cell holds over half of a posterior; refine the grid over x or raise noise_std')
     return post
 
-# %% ../nbs/01_theory.ipynb #1044b21d
+# %% ../nbs/01_theory.ipynb #6c003f40
 def _check_floats(t: Tensor, name: str):
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f'{name}: got {getattr(t, "dtype", type(t).__name__)}; give a float tensor '
@@ -406,7 +406,7 @@ def oracle_attack(
         out.append((mean/total).to(x_prior.dtype))
     return torch.cat(out).reshape(len(z), *x_prior.shape[1:]) if out else x_prior.new_zeros(0, *x_prior.shape[1:])
 
-# %% ../nbs/01_theory.ipynb #3a305f65
+# %% ../nbs/01_theory.ipynb #b0b70725
 class OracleMSE(NamedTuple):
     "Error of the oracle attack, per pixel."
     mse: float  # mean of ||x_hat - x||^2 / d over images and noise

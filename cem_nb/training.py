@@ -6,8 +6,9 @@
 __all__ = ['Positive', 'Share', 'Config', 'CEMConfig', 'TrainConfig', 'lr_at', 'ramp_at', 'DivergedError', 'accuracy', 'build',
            'train']
 
-# %% ../nbs/03d_training.ipynb #2d880391
+# %% ../nbs/03d_training.ipynb #a375e8cc
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from .loop import epochs, stage_seed
 from .models import SplitModel
 from .regularizer import CEM, SCALES
 
-# %% ../nbs/03d_training.ipynb #58cec0ae
+# %% ../nbs/03d_training.ipynb #abfbc14b
 class Config(BaseModel):
     "A frozen record that refuses unknown fields, wrong types and values out of range."
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
@@ -36,6 +37,8 @@ class CEMConfig(Config):
     n_components: Annotated[int, Field(ge=1)] | None = None
     reading: Literal['paper', 'release'] = 'paper'
     scale: Literal[SCALES] = 'normalized'
+    covariance: Literal['diag', 'full'] = 'diag'
+    bound: Literal['paper', 'pairwise'] = 'paper'
 
 
 class TrainConfig(Config):
@@ -66,20 +69,19 @@ class TrainConfig(Config):
         "Name of the table's row."
         return self.defense + ('+CEM' if self.cem else '')
 
-# %% ../nbs/03d_training.ipynb #04d1b590
+# %% ../nbs/03d_training.ipynb #1fe421c8
 def lr_at(config: TrainConfig, epoch: int) -> float:
     "Learning rate of an epoch, counted from 0."
     return config.lr*config.gamma**sum(epoch >= round(d*config.epochs) for d in config.drops)
 
 
 def ramp_at(config: TrainConfig, epoch: int) -> float:  # in [0, 1]
-    "Factor on the weight of the conditional entropy loss in an epoch: 1 as in Eq. 8, or the release's ramp."
-    if config.cem is None: return 0.0
-    if config.cem.reading == 'paper': return 1.0
+    "Factor on the weight of the conditional entropy loss in an epoch: 0 in the first; then 1, or the release's ramp."
+    if config.cem is None or epoch == 0: return 0.0
     lr = lr_at(config, epoch)
-    return 0.0 if epoch == 0 else 0.001/lr if lr >= 4.1e-4 else 1.0
+    return min(1.0, 0.001/lr) if config.cem.reading == 'release' and lr >= 4.1e-4 else 1.0
 
-# %% ../nbs/03d_training.ipynb #a561ace6
+# %% ../nbs/03d_training.ipynb #ff4efba7
 class DivergedError(RuntimeError):
     "Training left the finite numbers."
 
@@ -100,6 +102,15 @@ def accuracy(
         torch.manual_seed(stage_seed(seed, 'accuracy'))
         for x, y in batches(images, batch_size): right += (model(x).argmax(1) == y).sum()
     return right.item()/len(images)
+
+
+@contextmanager
+def _diverging(model, config, epoch):
+    "The mixture refuses features that are not finite; if the network is to blame, that is divergence."
+    try: yield
+    except ValueError as e:
+        if all(t.isfinite().all() for t in model.state_dict().values()): raise
+        raise DivergedError(f'{config.method}: {e} (epoch {epoch + 1}); lower lr or lam') from e
 
 
 def build(config: TrainConfig, data: ImageData):
@@ -134,16 +145,19 @@ def train(
                         device=data.train.x.device, checkpoint=checkpoint, label=label):
         for group in opt.param_groups: group['lr'] = lr_at(config, epoch)
         ramp = ramp_at(config, epoch)
-        if ramp: cem.fit_encoder(model.eval().encode, batches(data.train, 500))            # Algorithm 1, lines 4-5
-        model.train()
         sums = torch.zeros(2, device=data.train.x.device)
+        if ramp:
+            with _diverging(model, config, epoch):
+                cem.fit_encoder(model.eval().encode, batches(data.train, 500))            # Algorithm 1, lines 4-5
+        model.train()
         for i, (x, y) in enumerate(batches(data.train, config.batch_size, data.augment, shuffle=True)):
             x = x.contiguous(memory_format=torch.channels_last)
             z_hat = model.encode(x)
             z = model.send(z_hat)                                                         # line 7
             defense.step(x, z.detach())
             logits = model.server(z)                                                      # line 8
-            l_c = cem(z_hat, y) if ramp else z_hat.new_zeros(())                           # lines 9-12, 14
+            with _diverging(model, config, epoch):
+                l_c = cem(z_hat, y) if ramp else z_hat.new_zeros(())                      # lines 9-12, 14
             loss = F.cross_entropy(logits, y) + defense.loss(x, y, z_hat, z, logits)      # line 13
             if ramp: loss = loss + ramp*cem.weight*l_c                                    # line 15, Eq. 8
             opt.zero_grad(set_to_none=True)

@@ -1,0 +1,22 @@
+import os
+
+# one thread: small tensors gain nothing from more, and sums keep their order
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: runs whole notebooks or processes; deselect with -m "not slow"')
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    "A store, a data folder and a figures folder of the test's own."
+    for name in ('DATA', 'RUNS', 'FIGURES'): monkeypatch.setenv(f'CEM_{name}', str(tmp_path/name.lower()))
+    from cem_nb.data import load_data
+    from cem_nb.experiments import _data_on
+    load_data.cache_clear(); _data_on.cache_clear()
+    torch.manual_seed(0)
+    return tmp_path

@@ -1,0 +1,129 @@
+"The export, the README, the environments and the notebooks' metadata are in sync, and the module stands alone."
+import configparser
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+MODULES = sorted(p.stem for p in (ROOT/'cem_nb').glob('*.py') if not p.stem.startswith('_'))
+pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason='needs a checkout')
+
+
+def cells(path): return json.loads(path.read_text())['cells']
+
+
+def order():
+    "Module name to its place in the order of the notebooks."
+    names = [m[1] for p in NOTEBOOKS for c in cells(p) if (m := re.match(r'#\| default_exp (\w+)', ''.join(c['source'])))]
+    return {n: i for i, n in enumerate(names)}
+
+
+def test_export_is_in_sync(tmp_path):
+    "Export a copy of the notebooks and compare with what is committed."
+    import shutil
+    for name in ('settings.ini', 'nbs', 'cem_nb'):
+        (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, tmp_path/name)
+    for p in (tmp_path/'cem_nb').glob('*.py'):
+        if p.stem in MODULES: p.unlink()
+    done = subprocess.run([Path(sys.executable).with_name('nbdev_export')], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(order()) == set(MODULES)
+    for m in MODULES:
+        assert (tmp_path/'cem_nb'/f'{m}.py').read_text() == (ROOT/'cem_nb'/f'{m}.py').read_text(), f'{m}: run nbdev_export'
+
+
+def test_readme_is_rendered_from_the_index():
+    spec = importlib.util.spec_from_file_location('readme', ROOT/'tools'/'readme.py')
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    text = (ROOT/'README.md').read_text()
+    assert text == readme.render(), 'run python tools/readme.py'
+    for link in re.findall(r'\]\((?!https?:|#)([^)]+)\)', text): assert (ROOT/link).exists(), link
+    assert len(re.findall(r'```bash', text)) == 2
+
+
+def test_modules_depend_in_the_order_of_the_notebooks():
+    place = order()
+    for m in MODULES:
+        used = re.findall(r'^from (?:cem_nb)?\.(\w+) import', (ROOT/'cem_nb'/f'{m}.py').read_text(), re.M)
+        for u in used: assert place[u] < place[m], f'{m} imports {u}'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_metadata_and_opening(path):
+    nb = json.loads(path.read_text())
+    assert set(nb['metadata']) <= {'kernelspec'} and nb['metadata']['kernelspec']['name'] == 'python3'
+    assert nb['cells'][0]['cell_type'] == 'markdown'
+    assert re.match(r'# .+\n\n> .+', ''.join(nb['cells'][0]['source'])), 'a title and one line on what it shows'
+    for c in nb['cells']:
+        assert c.get('execution_count') is None and set(c['metadata']) <= {'tags'}
+        assert not any(o['output_type'] == 'error' for o in c.get('outputs', []))
+    assert path.stat().st_size < 1_500_000
+
+
+def test_tables_have_their_parameters_tag():
+    for path in NOTEBOOKS:
+        if 'table' in path.stem: assert sum('parameters' in c['metadata'].get('tags', []) for c in cells(path)) == 1
+
+
+def requirement(line):
+    name, spec = re.match(r'([\w.-]+)\s*(.*)', line).groups()
+    conda = {'pytorch': 'torch', 'python-safetensors': 'safetensors'}
+    return conda.get(name, name).lower(), spec
+
+
+def test_both_environments_are_one():
+    project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    pip = dict(map(requirement, project['dependencies'] + project['optional-dependencies']['dev']))
+    conda = dict(map(requirement, yaml.safe_load((ROOT/'environment.yml').read_text())['dependencies']))
+    assert conda.pop('pip') == '' and conda.pop('python') == project['requires-python']
+    assert pip == conda
+
+
+def test_settings_agree_with_pyproject():
+    s = configparser.ConfigParser(); s.read(ROOT/'settings.ini'); s = s['DEFAULT']
+    project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    assert s['lib_name'] == project['name'] and s['description'] == project['description']
+    assert '>=' + s['min_python'] == project['requires-python']
+    assert f'__version__ = "{s["version"]}"' in (ROOT/'cem_nb'/'__init__.py').read_text()
+
+
+def test_the_module_needs_no_jupyter():
+    code = ('import sys\n'
+            'for m in ("IPython", "ipykernel", "ipywidgets", "nbdev", "fastcore", "papermill", "jupyterlab"): sys.modules[m] = None\n'
+            f'import importlib\nfor m in {MODULES}: importlib.import_module("cem_nb." + m)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_points_at_one_machine():
+    for p in [*NOTEBOOKS, *ROOT.glob('*.md'), *(ROOT/'tests').glob('*.py'), *(ROOT/'figures').glob('*.csv')]:
+        if p == Path(__file__).resolve(): continue
+        assert not re.search(r'(?<![\w.])/(?:tmp|work|home|root|Users)/', p.read_text()), p.name
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_papers_numbers(tmp_path):
+    "Built from a copy, installed aside, used from a folder outside the repository."
+    pytest.importorskip('setuptools')
+    import shutil
+    for name in ('pyproject.toml', 'README.md', 'LICENSE', 'cem_nb', 'data/paper'):
+        (tmp_path/'src'/name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, tmp_path/'src'/name)
+    pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
+    subprocess.run([*pip, 'install', '--no-deps', '--no-build-isolation', '--prefix', tmp_path/'env', tmp_path/'src'], check=True)
+    site = next((tmp_path/'env').glob('lib/python*/site-packages'))
+    code = ('import cem_nb.report as r\n'
+            f'assert r.__file__.startswith({str(tmp_path)!r}), r.__file__\n'
+            'assert r.paper_numbers(1).loc[("Bottleneck", False), "accuracy"] == 90.87')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                          env={'PATH': '/usr/bin', 'PYTHONPATH': str(site)})
+    assert done.returncode == 0, done.stderr
