@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .entropy import GaussianMixture, assign, kmeans, logdet_update, mutual_information_bound
 
-# %% ../nbs/02a_regularizer.ipynb #40550fb3
+# %% ../nbs/02a_regularizer.ipynb #0d715423
 _GAMMA, _T = 0.01, 0.125  # of the release's hinge
 SCALES = ('normalized', 'mean', 'sum')
 N_REF = 50_000  # training images for which the paper states lam = 16 (CIFAR-10)
@@ -93,6 +93,7 @@ class CEM(nn.Module):
         gm = GaussianMixture(self.n_components, max_iter=10, warm_start=True, random_state=g)
         if self.n_fits and (self.weights*len(z_hat) >= 1).all():  # else k-means++ draws all components anew
             gm.weights_, gm.means_, gm.covariances_ = (t.double() for t in (self.weights, self.means, self.variances))
+            gm.covariances_.clamp_min_(1e-12)  # Eq. 6 can bring a variance to 0 where features coincide
         gm.fit(z_hat)
         self.weights, self.means, self.variances = (t.to(z_hat.dtype) for t in
                                                     (gm.weights_, gm.means_, gm.covariances_))

@@ -168,6 +168,15 @@ def test_bad_input():
     with pytest.raises(ValueError, match='class 1'): CEM(noise_std=SIGMA, n_classes=3, reading='release').fit(z[:6], y[:6]*0)
 
 
+def test_features_that_come_to_coincide_can_be_fitted_again():
+    z, y = features()
+    cem = CEM(noise_std=SIGMA, n_classes=3, n_components=3).fit(z, y)
+    together = cem.means[torch.cdist(z, cem.means).argmin(1)]
+    cem(together, y)  # the whole data set as one batch: every variance is now 0
+    assert cem.variances.max() == 0
+    assert cem.fit(together, y)(together[:10], y[:10]).isfinite()
+
+
 def test_one_sample_a_cluster_and_coincident_features_stay_finite():
     cem, z, y = fitted()
     one = z[:1].clone().requires_grad_()
