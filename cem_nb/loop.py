@@ -53,7 +53,7 @@ class Progress:
     def close(self):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/03_loop.ipynb #c83570c3
+# %% ../nbs/03_loop.ipynb #5a9cc71a
 def _save(path: Path, content: dict):
     part = path.with_suffix('.part')
     try:
@@ -85,8 +85,8 @@ def epochs(
 ) -> Iterator[int]:
     """Yield the epochs 0..n-1 that are not done yet, each under a seed of its own, with a checkpoint after each.
 
-    The global generators of the CPU and of `device` are put back at the end. A checkpoint that cannot be written or read is a warning: it
-    costs time, never the run."""
+    The global generators of the CPU and of `device` are put back at the end. A checkpoint that cannot be written or
+    read is a warning: it costs time, never the run."""
     saved = _load(checkpoint, device) if checkpoint else None
     if saved:
         for name, obj in state.items(): obj.load_state_dict(saved['state'][name])

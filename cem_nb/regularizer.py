@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .entropy import GaussianMixture, assign, kmeans, logdet_update, mutual_information_bound
 
-# %% ../nbs/02a_regularizer.ipynb #0d715423
+# %% ../nbs/02a_regularizer.ipynb #d889bd6c
 _GAMMA, _T = 0.01, 0.125  # of the release's hinge
 SCALES = ('normalized', 'mean', 'sum')
 N_REF = 50_000  # training images for which the paper states lam = 16 (CIFAR-10)
@@ -144,18 +144,15 @@ class CEM(nn.Module):
         a = (n/(self.weights*big_n).clamp_min(1e-12)).clamp_max(1)[:, None]  # at most 1, but for rounding
         variances = (1 - a)*self.variances + a*spread                                                      # Eq. 6
         self.variances = variances.detach()
-        if self.covariance == 'full': loss = self._full(z_hat, labels, n, a)
-        elif self.bound == 'pairwise': loss = self._pairwise(variances)
-        else:
-            half_logdet = 0.5*torch.log1p(variances/self.noise_std**2).sum(1)  # log|S + Sp| - log|Sp|, diagonal
-            loss = (torch.special.entr(self.weights) + self.weights*half_logdet).sum()                     # Eq. 7
+        if self.covariance == 'full': covariances, half_logdet = self._full(z_hat, labels, n, a)
+        else: covariances, half_logdet = variances, lambda: 0.5*torch.log1p(variances/self.noise_std**2).sum(1)
+        if self.bound == 'pairwise':
+            loss = mutual_information_bound(self.weights/self.weights.sum(), self.means, covariances, self.noise_std, 'pairwise')
+        else: loss = (torch.special.entr(self.weights) + self.weights*half_logdet()).sum()                 # Eq. 7
         return loss if self.scale == 'sum' else loss/z_hat.shape[1]
 
-    def _pairwise(self, covariances):
-        return mutual_information_bound(self.weights/self.weights.sum(), self.means, covariances, self.noise_std, 'pairwise')
-
     def _full(self, z_hat, labels, n, a):
-        "The loss with full covariances: a batch adds a matrix of rank n_j to the carried one."
+        "Full covariances, to which a batch adds a matrix of rank n_j, and a function for half log|S + Sp| - log|Sp|."
         k, m = self.means.shape
         rows = z_hat.new_zeros(k, int(n.max()), m)  # a cluster's deviations, padded with zeros
         for j in labels.unique().tolist():
@@ -164,12 +161,12 @@ class CEM(nn.Module):
         carried = (1 - a[..., None])*self.covariances
         new = carried + a[..., None]*rows.mT @ rows                                                        # Eq. 6
         self.covariances = new.detach()
-        if self.bound == 'pairwise': return self._pairwise(new)
-        with torch.no_grad():
-            chol = torch.linalg.cholesky(carried.double() + self.noise_std**2*torch.eye(m, device=z_hat.device))
-        logdet = logdet_update(chol, rows, a[:, 0])                                       # log|S + Sp|, without an m x m graph
-        half_logdet = 0.5*(logdet - 2*m*math.log(self.noise_std))
-        return (torch.special.entr(self.weights) + self.weights*half_logdet).sum()                         # Eq. 7
+
+        def half_logdet():
+            with torch.no_grad():
+                chol = torch.linalg.cholesky(carried.double() + self.noise_std**2*torch.eye(m, device=z_hat.device))
+            return 0.5*(logdet_update(chol, rows, a[:, 0]) - 2*m*math.log(self.noise_std))  # without an m x m graph
+        return new, half_logdet
 
     def _batch_moments(self, z_hat, labels):
         "n_j [k] and the mean square deviation from the stored means [k, m]; without atomics, so that runs repeat."

@@ -6,7 +6,7 @@
 __all__ = ['Positive', 'Share', 'Config', 'CEMConfig', 'TrainConfig', 'lr_at', 'ramp_at', 'DivergedError', 'accuracy', 'build',
            'train']
 
-# %% ../nbs/03d_training.ipynb #a375e8cc
+# %% ../nbs/03d_training.ipynb #245207d3
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 
 from .data import ImageData, Split, batches
-from .defenses import DEFENSES, HYPERPARAMETERS, make_defense
 from .loop import epochs, stage_seed
-from .models import SplitModel
+from .methods import DEFENSES, HYPERPARAMETERS, make_defense
+from .models import ARCHS, SplitModel
 from .regularizer import CEM, SCALES
 
-# %% ../nbs/03d_training.ipynb #abfbc14b
+# %% ../nbs/03d_training.ipynb #80305d6e
 class Config(BaseModel):
     "A frozen record that refuses unknown fields, wrong types and values out of range."
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
@@ -43,7 +43,7 @@ class CEMConfig(Config):
 
 class TrainConfig(Config):
     "Model, defence and optimiser of one run. The defaults are the paper's for CIFAR-10 (Section 5.1)."
-    arch: Literal['vgg11', 'resnet20'] = 'vgg11'
+    arch: Literal[tuple(ARCHS)] = 'vgg11'
     width: Positive = 1.0
     cut: Annotated[int, Field(ge=1)] | None = None
     noise_std: Annotated[float, Field(ge=0)] = 0.025
@@ -81,7 +81,7 @@ def ramp_at(config: TrainConfig, epoch: int) -> float:  # in [0, 1]
     lr = lr_at(config, epoch)
     return min(1.0, 0.001/lr) if config.cem.reading == 'release' and lr >= 4.1e-4 else 1.0
 
-# %% ../nbs/03d_training.ipynb #ff4efba7
+# %% ../nbs/03d_training.ipynb #13b11724
 class DivergedError(RuntimeError):
     "Training left the finite numbers."
 
@@ -137,7 +137,7 @@ def train(
     state = dict(model=model, opt=opt, defense=defense)
     cem = None
     if config.cem:
-        cem = CEM(noise_std=config.noise_std, n_classes=data.n_classes, seed=stage_seed(config.seed, 'cem') >> 16,
+        cem = CEM(noise_std=model.noise_std, n_classes=data.n_classes, seed=stage_seed(config.seed, 'cem') >> 16,
                   **config.cem.model_dump())
         state['cem'] = cem = cem.to(data.train.x.device)
     history = []
@@ -162,9 +162,10 @@ def train(
             if ramp: loss = loss + ramp*cem.weight*l_c                                    # line 15, Eq. 8
             opt.zero_grad(set_to_none=True)
             loss.backward()
+            defense.after_backward(model)
             opt.step()
             sums += torch.stack([loss.detach(), l_c.detach()])
-        defense.end_epoch(model, epoch)
+        defense.end_epoch(model, opt, (epoch + 1)/config.epochs)
         loss, l_c = (sums/(i + 1)).tolist()
         if not math.isfinite(loss):
             raise DivergedError(f'{config.method}: the loss is {loss} in epoch {epoch + 1}; lower lr or lam')

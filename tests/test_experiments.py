@@ -11,17 +11,20 @@ import torch
 
 import cem_nb.experiments as ex
 from cem_nb.data import DataError, runs_dir
-from cem_nb.experiments import DataConfig, DecoderConfig, OracleConfig, RunError, TableConfig, pick_device, run, run_table
+from cem_nb.experiments import (DataConfig, DecoderConfig, GANConfig, OracleConfig, RunError, TableConfig, pick_device, run,
+                                run_table)
+from cem_nb.gan import AttackDivergedError
 from cem_nb.training import CEMConfig, TrainConfig
 
 TRAIN = dict(width=0.125, epochs=2, batch_size=64, lr=0.02)
 DECODER = dict(width=8, blocks=0, n_epochs=2, batch_size=64)
-TIMES = ['seconds_train', 'seconds_decoder', 'date']
+GAN = dict(DECODER, critic_width=4)
+TIMES = ['seconds_train', 'seconds_decoder', 'seconds_gan', 'date']
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(ex.PRESETS, 'quick', dict(data=dict(n_train=256), train=TRAIN, decoder=DECODER))
+    monkeypatch.setitem(ex.PRESETS, 'quick', dict(data=dict(n_train=256), train=TRAIN, decoder=DECODER, gan=GAN))
 
 
 def one(**kwargs): return run(TrainConfig(**TRAIN, **kwargs), DataConfig(n_train=256), (DecoderConfig(**DECODER),))
@@ -99,16 +102,66 @@ def test_devices():
 
 
 def test_table_has_every_row_and_its_provenance(tiny):
-    scores, runs = run_table(TableConfig(seeds='0,1', attacks='decoder,oracle'))
-    assert len(scores) == 14 and len(runs) == 7
+    scores, runs = run_table(TableConfig(attacks='decoder,gan,oracle'))
+    assert len(scores) == len(runs) == 15
     assert set(zip(scores.method, scores.cem)) == set(runs) and ('No_defense', True) not in runs
-    assert scores[['acc_test', 'mse_train_decoder', 'mse_infer_decoder', 'ssim_infer_decoder']].notna().all().all()
+    for a in ('decoder', 'gan'):
+        assert scores[[f'{m}_{p}_{a}' for m in ('mse', 'ssim', 'psnr') for p in ('train', 'val', 'infer')]].notna().all().all()
     assert scores[scores.method != 'Dropout'].mse_train_oracle.notna().all()
-    assert scores[['hardware', 'torch', 'date', 'run']].notna().all().all()
+    assert scores[['acc_test', 'hardware', 'torch', 'date', 'run', 'arch']].notna().all().all()
     for r in scores.itertuples():  # from the table back to the source
         stored = json.loads((runs_dir()/r.run/'result.json').read_text())
         assert stored['accuracy']['test']*100 == r.acc_test
         assert (json.loads((runs_dir()/r.run/'config.json').read_text())['train']['cem'] is not None) == r.cem
+    again, _ = run_table(TableConfig(seeds='0,1', methods='Noise_ARL', attacks='gan'))
+    assert len(again) == 4 and again.iloc[0].mse_infer_gan == scores[scores.method == 'Noise_ARL'].iloc[0].mse_infer_gan
+
+
+def test_the_strongest_of_several_restarts_counts_and_validation_images_say_which(monkeypatch):
+    real, seen = ex.score_attack, []
+    def spying(model, attacker, images, **k):
+        seen.append(len(images))
+        return real(model, attacker, images, **k)
+    monkeypatch.setattr(ex, 'score_attack', spying)
+    r = run(TrainConfig(**TRAIN), DataConfig(n_train=256), (DecoderConfig(**DECODER, restarts=3),))
+    record, data = r.attack(), ex.load_data('digits', n_train=256)
+    mses = [x['mse'] for x in record['restarts']]
+    assert len(set(mses)) == 3 and seen[:3] == [len(data.val)]*3
+    assert record['scores']['val']['mse'] == min(mses)
+    assert one().attack()['scores']['val']['mse'] == mses[0]  # the first restart is the attack without restarts
+
+
+def test_an_attack_that_diverges_is_a_result_and_the_other_restarts_count(monkeypatch, tiny):
+    real, calls = ex.train_gan, []
+    def failing(*a, **k):
+        calls.append(k['seed'])
+        if len(calls) in (1, 3, 4): raise AttackDivergedError('not a number in epoch 1')
+        return real(*a, **k)
+    monkeypatch.setattr(ex, 'train_gan', failing)
+    args = TrainConfig(**TRAIN), DataConfig(n_train=256)
+    r = run(*args, (GANConfig(**GAN, restarts=2),))
+    first, second = r.attack('gan')['restarts']
+    assert 'not a number' in first['diverged'] and second['mse'] == r.attack('gan')['scores']['val']['mse']
+    assert ex.score_attack(r.model(), r.attacker('gan'), ex.load_data('digits', n_train=256).test, seed=0) == (
+        r.attack('gan')['scores']['test'])
+    s, runs = run_table(TableConfig(methods='Bottleneck', lam=0))  # this one has a single start, and it fails
+    assert s.mse_infer_gan.isna().all() and s.ssim_infer_gan.isna().all() and s.mse_infer_decoder.notna().all()
+    n = len(calls)
+    run_table(TableConfig(methods='Bottleneck', lam=0))
+    assert len(calls) == n  # it is in the store
+
+
+def test_each_dataset_has_the_papers_schedule():
+    def trained(**k):
+        c, d, _ = TableConfig(preset='paper', **k).configs('Bottleneck', True, 0)
+        return c.arch, c.epochs, c.batch_size, d.image_size
+    assert trained(dataset='cifar10') == ('vgg11', 240, 128, None)
+    assert trained(dataset='tinyimagenet', arch='resnet20') == ('resnet20', 120, 256, None)
+    assert trained(dataset='facescrub') == ('vgg11', 240, 256, None)
+    assert TableConfig(dataset='facescrub').configs('Bottleneck', True, 0)[0].epochs == 20
+    assert trained(dataset='folder:x', image_size=48)[3] == 48
+    gan, = TableConfig(preset='paper', attacks='gan').configs('Bottleneck', False, 0)[2]
+    assert (gan.n_epochs, gan.lr, gan.penalty, gan.width, gan.blocks) == (150, 0.005, 10.0, 64, 8)
 
 
 def test_lam_zero_gives_the_same_row_twice(tiny):
@@ -134,7 +187,8 @@ def test_bad_data_stops_before_training(tiny, monkeypatch):
 SCRIPT = '''
 import cem_nb.experiments as ex
 ex.PRESETS['quick'] = dict(data=dict(n_train=256), train=dict(width=0.125, epochs=5, batch_size=32, lr=0.02),
-                           decoder=dict(width=8, blocks=0, n_epochs=2, batch_size=64))
+                           decoder=dict(width=8, blocks=0, n_epochs=2, batch_size=64),
+                           gan=dict(width=8, blocks=0, n_epochs=2, batch_size=64, critic_width=4))
 scores, _ = ex.run_table(ex.TableConfig(methods='Bottleneck', lam=16))
 scores.to_json('out.json')
 '''
@@ -155,7 +209,7 @@ def test_a_killed_process_loses_no_finished_run_and_ends_with_the_same_table(tmp
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {p: p.stat().st_mtime_ns for p in runs.glob('Bottleneck-s0-*/**/*.json')}
-    assert len(finished) == 4
+    assert len(finished) == 6
     again = start('killed')
     assert again.wait(240) == 0 and 'stored' in again.stdout.read()
     assert {p: p.stat().st_mtime_ns for p in finished} == finished

@@ -2,8 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cem_nb.attacks import Decoder
-from cem_nb.models import feature_shape, n_params, split_model
+from cem_nb.models import Decoder, feature_shape, n_params, split_model
 
 
 def test_counts_of_table_9():
@@ -13,7 +12,7 @@ def test_counts_of_table_9():
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)
-@given(arch=st.sampled_from(['vgg11', 'resnet20']), size=st.sampled_from([8, 16, 32, 48, 64]),
+@given(arch=st.sampled_from(['vgg11', 'resnet20', 'resnet20_wide']), size=st.sampled_from([8, 16, 32, 48, 64]),
        cut=st.sampled_from([1, 3, 5]), channels=st.sampled_from([1, 3]), bottleneck=st.sampled_from([None, 8]))
 def test_any_cut_classifies_and_is_smashed_into_0_1(arch, size, cut, channels, bottleneck):
     m = split_model(arch, 7, in_channels=channels, image_size=size, width=0.125, cut=cut, bottleneck=bottleneck).eval()

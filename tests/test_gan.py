@@ -1,0 +1,233 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+import cem_nb.gan as gan
+from cem_nb.attacks import cosine, score_attack, train_decoder
+from cem_nb.data import Split, batches, load_data
+from cem_nb.gan import AttackDivergedError, Critic, gradient_penalty, train_gan
+from cem_nb.loop import epochs, stage_seed
+from cem_nb.models import Decoder, feature_shape, n_params, split_model
+
+TINY = dict(width=8, blocks=0, critic_width=4, n_epochs=3, batch_size=64)
+sampled = settings(deadline=None, max_examples=15, derandomize=True)
+
+
+@pytest.fixture
+def digits(): return load_data('digits', n_train=256)
+
+
+def victim(noise_std=0.025):
+    torch.manual_seed(0)
+    return split_model(in_channels=1, image_size=16, width=0.25, noise_std=noise_std)
+
+
+def same(a, b): return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+class Linear(nn.Module):
+    "D(x) = a·x: its slope is the norm of a."
+    def __init__(self, a):
+        super().__init__()
+        self.a = nn.Parameter(a)
+
+    def forward(self, x): return (self.a*x).flatten(1).sum(1)
+
+
+@sampled
+@given(norm=st.floats(0.01, 50), shape=st.sampled_from([(1, 8, 8), (3, 12, 12)]), seed=st.integers(0, 99))
+def test_penalty_of_a_linear_critic(norm, shape, seed):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    a = draw(*shape)
+    critic = Linear(norm*a/a.norm())
+    p = gradient_penalty(critic, draw(5, *shape), draw(5, *shape))
+    assert p.shape == () and p.item() == pytest.approx((norm - 1)**2, rel=1e-9, abs=1e-12)
+    p.backward()  # dP/da = 2 (|a| - 1) a/|a|
+    torch.testing.assert_close(critic.a.grad, 2*(norm - 1)*a/a.norm())
+
+
+def test_points_lie_between_image_and_reconstruction_with_one_u_an_image():
+    "D(x) = |x|²/2 has the slope |x|. From an image of norm r to a black one that is u·r: E(u r - 1)² = r²/3 - r + 1."
+    n, r = 20_000, 3.0
+    real = torch.full((n, 1, 4, 4), r/4, dtype=torch.float64)
+    p = gradient_penalty(lambda x: x.flatten(1).square().sum(1)/2, real, torch.zeros_like(real)).item()
+    spread = math.sqrt((r**4/5 - r**3 + 2*r**2 - 2*r + 1) - (r**2/3 - r + 1)**2)
+    assert abs(p - (r**2/3 - r + 1)) < 4*spread/math.sqrt(n)
+
+
+def test_penalty_against_gradients_image_by_image():
+    torch.manual_seed(0)
+    critic = Critic((3, 16, 16), 4).double()
+    x = torch.rand(6, 3, 16, 16, dtype=torch.float64)
+    params = dict(critic.named_parameters())
+    score = lambda xi: torch.func.functional_call(critic, params, (xi[None],))[0]
+    slopes = torch.stack([torch.func.grad(score)(xi).norm() for xi in x])
+    assert slopes.std() > 1e-3
+    # with the image as its own reconstruction every u gives the same point
+    torch.testing.assert_close(gradient_penalty(critic, x, x), (slopes - 1).square().mean())
+
+
+def test_penalty_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    critic = Critic((1, 16, 16), 3).double()
+    real, fake = torch.rand(2, 4, 1, 16, 16, dtype=torch.float64)
+    fake.requires_grad_()
+    def penalty():
+        torch.manual_seed(7)
+        return gradient_penalty(critic, real, fake)
+    penalty().backward()
+    assert fake.grad is None
+    step = 1e-6
+    for name, p in critic.named_parameters():
+        direction = torch.randn_like(p)
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                p += sign*step*direction
+                with torch.enable_grad(): values.append(penalty().item())
+                p -= sign*step*direction
+        want = (values[0] - values[1])/(2*step)
+        got = 0.0 if p.grad is None else (p.grad*direction).sum().item()  # the last bias moves no slope
+        assert got == pytest.approx(want, rel=1e-5, abs=1e-8), name
+    assert max(p.grad.abs().max() for p in critic.parameters() if p.grad is not None) > 1e-2
+
+
+def test_a_flat_critic_has_a_penalty_and_no_nan():
+    critic = Linear(torch.zeros(1, 8, 8))
+    p = gradient_penalty(critic, *torch.rand(2, 3, 1, 8, 8))
+    p.backward()
+    assert p.item() == 1 and critic.a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('side', [8, 16, 32, 48, 64])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_critic_scores_each_image_by_itself(side, channels):
+    torch.manual_seed(0)
+    critic = Critic((channels, side, side), 4)
+    x = torch.rand(5, channels, side, side)
+    scores = critic(x)
+    assert scores.shape == (5,) and scores.std() > 1e-4
+    other = torch.cat([x[:1], 1 - x[1:]])
+    torch.testing.assert_close(critic(other)[0], scores[0])
+    assert Critic((channels, side, side), 8)(x).shape == (5,)
+    assert gradient_penalty(critic, x, other).isfinite()
+
+
+@pytest.mark.parametrize('bad, cause', [(((1, 4, 4), 8), 'at least 8'), (((1, 16, 8), 8), '16x8'),
+                                        (((1, 16, 16), 0), 'width of 0')])
+def test_bad_critics(bad, cause):
+    with pytest.raises(ValueError, match=cause): Critic(*bad)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match='give both'):
+        gradient_penalty(Linear(torch.ones(1, 8, 8)), torch.rand(2, 1, 8, 8), torch.rand(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize('bad', [dict(critic_steps=0), dict(mse_weight=-1.0), dict(mse_weight=math.nan),
+                                 dict(mse_weight=math.inf), dict(penalty=-0.1)])
+def test_bad_settings(bad, digits):
+    with pytest.raises(ValueError, match=next(iter(bad))): train_gan(victim(), digits.train, **(TINY | bad))
+
+
+def test_the_generator_is_the_decoder_attacks_network(digits):
+    model = victim()
+    generator, history = train_gan(model, digits.train, **(TINY | dict(n_epochs=1)))
+    decoder, _ = train_decoder(model, digits.train, width=8, blocks=0, n_epochs=1, batch_size=64)
+    assert type(generator) is Decoder and not generator.training and n_params(generator) == n_params(decoder)
+    assert [p.shape for p in generator.parameters()] == [p.shape for p in decoder.parameters()]
+    assert set(history[0]) == {'mse', 'wasserstein', 'penalty'}
+    assert set(score_attack(model, generator, digits.val)) == {'mse', 'ssim', 'psnr'}
+
+
+def test_the_victim_stays_as_it_is(digits):
+    model = victim().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train_gan(model, digits.train, **(TINY | dict(n_epochs=1)))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Killed(BaseException): pass
+
+
+def test_resumed_attack_is_the_uninterrupted_one(digits, tmp_path, monkeypatch):
+    fit = lambda **k: train_gan(victim(), digits.train, **TINY, **k)
+    whole, curves = fit()
+    def dying(*args, **kwargs):
+        for i, e in enumerate(epochs(*args, **kwargs)):
+            if i == 2: raise Killed
+            yield e
+    with monkeypatch.context() as m:
+        m.setattr(gan, 'epochs', dying)
+        with pytest.raises(Killed): fit(checkpoint=tmp_path/'g.pt')
+    torch.rand(7)  # the caller's random numbers must not matter
+    seen = []
+    monkeypatch.setattr(gan, 'epochs', lambda *a, **k: (seen.append(e) or e for e in epochs(*a, **k)))
+    resumed, curves2 = fit(checkpoint=tmp_path/'g.pt')
+    assert seen == [2] and same(whole, resumed) and curves == curves2
+    assert not same(whole, fit(seed=1)[0])
+
+
+def test_the_callers_random_numbers_are_left_alone(digits):
+    model = victim()
+    before = torch.get_rng_state()
+    train_gan(model, digits.train, **(TINY | dict(n_epochs=1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_steps_and_schedule_of_both_networks(digits, tmp_path):
+    train_gan(victim(), digits.train, **TINY, critic_steps=2, lr=0.004, checkpoint=tmp_path/'g.pt')
+    state = torch.load(tmp_path/'g.pt', weights_only=True)['state']
+    n = 3*(256//64)
+    for name, steps, decay in (('opt', n, 1e-4), ('critic_opt', 2*n, 0)):
+        assert {s['step'].item() for s in state[name]['state'].values()} == {steps}
+        group, = state[name]['param_groups']
+        assert group['lr'] == pytest.approx(cosine(0.004, 1e-5, 2/3)) and group['weight_decay'] == decay
+
+
+def test_fresh_noise_in_every_batch(digits):
+    model, sent = victim(), []
+    send = model.send
+    def spying(z_hat):
+        z = send(z_hat)
+        sent.append((z - z_hat).std().item())
+        return z
+    model.send = spying
+    train_gan(model, digits.train, **(TINY | dict(n_epochs=2)))
+    assert len(set(sent)) == len(sent) == 2*(256//64)
+    assert all(s == pytest.approx(0.025, rel=0.1) for s in sent)
+
+
+@pytest.mark.parametrize('bad', [dict(lr=1e12), dict(lr=1e38, n_epochs=1, batch_size=256)])
+def test_divergence_has_a_name_and_leaves_no_checkpoint(bad, digits, tmp_path):
+    "With the second, all the losses of the only step are numbers, but the weights after it are not."
+    with pytest.raises(AttackDivergedError, match='lower lr or raise mse_weight') as e:
+        train_gan(victim(), digits.train, **(TINY | bad), checkpoint=tmp_path/'g.pt', label='Bottleneck: gan')
+    assert isinstance(e.value, RuntimeError) and '\n' not in str(e.value) and str(e.value).startswith('Bottleneck: gan')
+    assert not (tmp_path/'g.pt').exists()
+
+
+def test_the_weight_trades_squared_error_for_looks(digits):
+    """Under a huge weight the generator is that of a plain loop on the squared error, with the same start, batches and
+    optimiser. Under a light one its error is higher, and the critic tells its images from real ones less well."""
+    model, train, settings = victim(noise_std=0.0).eval(), digits.train, TINY | dict(n_epochs=6, batch_size=32)
+    huge, light = (train_gan(model, train, **settings, mse_weight=w)[1] for w in (1e7, 20.0))
+    torch.manual_seed(stage_seed(0, 'gan', 'init'))
+    net = Decoder(feature_shape(model, (1, 16, 16)), (1, 16, 16), 8, 0).to(memory_format=torch.channels_last)
+    opt = torch.optim.Adam(net.parameters(), 0.005, (0.5, 0.9))
+    for epoch in range(6):
+        torch.manual_seed(stage_seed(0, 'gan', epoch))
+        opt.param_groups[0]['lr'] = cosine(0.005, 1e-5, epoch/6)
+        errors = []
+        for x, _ in batches(train, 32, shuffle=True):
+            mse = (net(model.encode(x).detach()) - x).square().mean()
+            opt.zero_grad(); mse.backward(); opt.step()
+            errors.append(mse.item())
+        assert huge[epoch]['mse'] == pytest.approx(sum(errors)/len(errors), rel=0.01)
+    assert light[-1]['mse'] > 2*huge[-1]['mse'] and light[-1]['wasserstein'] < huge[-1]['wasserstein']
+    assert huge[-1]['wasserstein'] > 0
