@@ -76,9 +76,9 @@ ATTACKS = {'decoder': DecoderConfig, 'gan': GANConfig, 'oracle': OracleConfig}
 
 # %% ../nbs/03e_experiments.ipynb #4737c982
 PRESETS = {
-    'quick': dict(data=dict(), train=dict(width=0.25, epochs=20, batch_size=64, lr=0.02),
-                  decoder=dict(width=32, blocks=2, n_epochs=20, batch_size=64),
-                  gan=dict(width=32, blocks=2, n_epochs=20, batch_size=64, critic_width=8)),
+    'quick': dict(data=dict(), train=dict(width=0.25, epochs=12, batch_size=64, lr=0.02),
+                  decoder=dict(width=32, blocks=2, n_epochs=10, batch_size=64),
+                  gan=dict(width=32, blocks=2, n_epochs=8, batch_size=64, critic_width=8)),
     'small': dict(data=dict(n_train=10_000), train=dict(width=0.25, epochs=12, lr=0.02),
                   decoder=dict(width=32, blocks=2, n_epochs=5, batch_size=128),
                   gan=dict(width=32, blocks=2, n_epochs=4, batch_size=128, critic_width=8)),
