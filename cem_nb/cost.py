@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .experiments import provenance
 from .models import SplitModel, n_params
-from .report import _paper_csv
+from .report import paper_csv
 
 # %% ../nbs/03g_cost.ipynb #95f4d0e6
 @contextmanager
@@ -168,7 +168,7 @@ def cost_table(
 # %% ../nbs/03g_cost.ipynb #3cd79d50
 def paper_cost() -> pd.DataFrame:  # index method, side; columns parameters, macs and infer_time_ms, text as printed
     "Table 9 of the paper, as printed. Raises `FileNotFoundError` if the CSV is neither in the project nor installed."
-    return _paper_csv('table_9.csv').set_index(['method', 'side'])
+    return paper_csv('table_9.csv').set_index(['method', 'side'])
 
 
 def show_cost(

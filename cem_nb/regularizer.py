@@ -23,6 +23,11 @@ N_REF = 50_000  # training images for which the paper states lam = 16 (CIFAR-10)
 _STATE = ('weights', 'means', 'variances', 'covariances')  # the mixture; covariances for 'full' alone
 
 
+def _at_least_float32(z_hat: Tensor) -> Tensor:
+    "Features as [N, m]; half precision could count neither images nor weights, so it does not reach the mixture."
+    return z_hat.flatten(1).to(torch.promote_types(z_hat.dtype, torch.float32))
+
+
 class CEM(nn.Module):
     r"""The conditional entropy loss $\mathcal{L}_C$ of a batch of noise-free features, differentiable in them.
 
@@ -80,7 +85,7 @@ class CEM(nn.Module):
         y: Tensor,      # their labels, [N]; only the release's reading looks at them
     ):
         "Estimate the mixture afresh, starting from the last epoch's (lines 4 and 5)."
-        z_hat = z_hat.flatten(1)
+        z_hat = _at_least_float32(z_hat)
         self.n_data = len(z_hat)
         g = torch.Generator().manual_seed(self.seed + self.n_fits)
         old = self.means if self.n_fits else None
@@ -101,9 +106,9 @@ class CEM(nn.Module):
 
     def _scatter(self, z_hat):
         "Covariances [k, m, m] about the means, each image counted with its nearest mean, as in the batches."
-        labels, cov = assign(z_hat, self.means), torch.diag_embed(self.variances)
+        labels, cov = assign(z_hat, self.means), torch.diag_embed(self.variances.double())
         for j in labels.unique().tolist():
-            d = z_hat[labels == j] - self.means[j]
+            d = (z_hat[labels == j] - self.means[j]).double()
             cov[j] = d.T @ d/len(d)
         return cov
 
@@ -134,9 +139,11 @@ class CEM(nn.Module):
         z_hat: Tensor,  # noise-free features of a batch, [B, ...]
         y: Tensor,      # their labels, [B]; only the release's reading looks at them
     ) -> Tensor:  # scalar, >= 0; nats per dimension of z, or nats for scale='sum'
-        "L_C of a batch; updates the mixture by Eq. 5 and 6. Raises `RuntimeError` before the first fit."
+        """L_C of a batch; updates the mixture by Eq. 5 and 6.
+
+        Raises `RuntimeError` before the first fit, `ValueError` for features that are NaN or inf."""
         if not self.n_fits: raise RuntimeError('the mixture is not fitted; call fit before the first batch of an epoch')
-        z_hat = z_hat.flatten(1)
+        z_hat = _at_least_float32(z_hat)
         if self.reading == 'release': return self._release(z_hat, y)
         labels, big_n = assign(z_hat.detach(), self.means), self.n_data
         n, spread = self._batch_moments(z_hat, labels)
@@ -149,14 +156,15 @@ class CEM(nn.Module):
         if self.bound == 'pairwise':
             loss = mutual_information_bound(self.weights/self.weights.sum(), self.means, covariances, self.noise_std, 'pairwise')
         else: loss = (torch.special.entr(self.weights) + self.weights*half_logdet()).sum()                 # Eq. 7
-        return loss if self.scale == 'sum' else loss/z_hat.shape[1]
+        return (loss if self.scale == 'sum' else loss/z_hat.shape[1]).to(z_hat.dtype)
 
     def _full(self, z_hat, labels, n, a):
         "Full covariances, to which a batch adds a matrix of rank n_j, and a function for half log|S + Sp| - log|Sp|."
         k, m = self.means.shape
-        rows = z_hat.new_zeros(k, int(n.max()), m)  # a cluster's deviations, padded with zeros
+        a = a.double()
+        rows = a.new_zeros(k, int(n.max()), m)  # a cluster's deviations, padded with zeros
         for j in labels.unique().tolist():
-            d = z_hat[labels == j] - self.means[j]
+            d = (z_hat[labels == j] - self.means[j]).double()
             rows = rows.index_put((torch.full_like(labels[:len(d)], j), torch.arange(len(d), device=d.device)), d/len(d)**0.5)
         carried = (1 - a[..., None])*self.covariances
         new = carried + a[..., None]*rows.mT @ rows                                                        # Eq. 6
@@ -164,7 +172,10 @@ class CEM(nn.Module):
 
         def half_logdet():
             with torch.no_grad():
-                chol = torch.linalg.cholesky(carried.double() + self.noise_std**2*torch.eye(m, device=z_hat.device))
+                chol, info = torch.linalg.cholesky_ex(carried + self.noise_std**2*torch.eye(m, device=z_hat.device))
+                if info.any():
+                    raise ValueError(f'the features vary too much beside noise_std = {self.noise_std} for float64; '
+                                     'bring them to [0, 1] or raise noise_std')
             return 0.5*(logdet_update(chol, rows, a[:, 0]) - 2*m*math.log(self.noise_std))  # without an m x m graph
         return new, half_logdet
 
@@ -175,6 +186,8 @@ class CEM(nn.Module):
         return n, hot.T @ (z_hat - self.means[labels]).square()/n.clamp_min(1)[:, None]
 
     def _release(self, z_hat, y):
+        if not z_hat.detach().sum().isfinite():
+            raise ValueError('z_hat holds NaN or inf: mend the features (a diverged encoder?)')
         k = self.n_components//self.n_classes
         d2 = (z_hat.detach()[:, None] - self.means.view(self.n_classes, k, -1)[y]).square().sum(2)
         n, spread = self._batch_moments(z_hat, y*k + d2.argmin(1))

@@ -130,7 +130,7 @@ def train(
     *,
     checkpoint: Path | None = None,  # file to resume from
     label: str = 'train',
-) -> tuple[SplitModel, list[dict]]:  # the model after the last epoch, in eval mode; the curves
+) -> tuple[SplitModel, list[dict]]:  # the model after the last epoch, in eval mode; means of an epoch: loss, l_d, l_c
     "Algorithm 1 with any defence, with or without CEM. Raises `DivergedError` when the loss is no longer a number."
     defense, model = build(config, data)
     opt = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
@@ -145,7 +145,7 @@ def train(
                         device=data.train.x.device, checkpoint=checkpoint, label=label):
         for group in opt.param_groups: group['lr'] = lr_at(config, epoch)
         ramp = ramp_at(config, epoch)
-        sums = torch.zeros(2, device=data.train.x.device)
+        sums = torch.zeros(3, device=data.train.x.device)
         if ramp:
             with _diverging(model, config, epoch):
                 cem.fit_encoder(model.eval().encode, batches(data.train, 500))            # Algorithm 1, lines 4-5
@@ -158,18 +158,19 @@ def train(
             logits = model.server(z)                                                      # line 8
             with _diverging(model, config, epoch):
                 l_c = cem(z_hat, y) if ramp else z_hat.new_zeros(())                      # lines 9-12, 14
-            loss = F.cross_entropy(logits, y) + defense.loss(x, y, z_hat, z, logits)      # line 13
+            l_d = torch.as_tensor(defense.loss(x, y, z_hat, z, logits), device=x.device)  # line 13, beside cross-entropy
+            loss = F.cross_entropy(logits, y) + l_d
             if ramp: loss = loss + ramp*cem.weight*l_c                                    # line 15, Eq. 8
             opt.zero_grad(set_to_none=True)
             loss.backward()
             defense.after_backward(model)
             opt.step()
-            sums += torch.stack([loss.detach(), l_c.detach()])
+            sums += torch.stack([loss.detach(), l_d.detach(), l_c.detach()])
         defense.end_epoch(model, opt, (epoch + 1)/config.epochs)
-        loss, l_c = (sums/(i + 1)).tolist()
+        loss, l_d, l_c = (sums/(i + 1)).tolist()
         if not math.isfinite(loss):
             raise DivergedError(f'{config.method}: the loss is {loss} in epoch {epoch + 1}; lower lr or lam')
-        entry = dict(loss=loss)
+        entry = dict(loss=loss, l_d=l_d)
         if cem: entry['l_c'] = l_c
         if len(data.val): entry['val_acc'] = accuracy(model, data.val)
         history.append(entry)

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import cem_nb.experiments as ex
 from cem_nb.data import DataError, runs_dir
 from cem_nb.experiments import (DataConfig, DecoderConfig, GANConfig, OracleConfig, RunError, TableConfig, pick_device, run,
                                 run_table)
-from cem_nb.gan import AttackDivergedError
+from cem_nb.attacks import AttackDivergedError
 from cem_nb.training import CEMConfig, TrainConfig
 
 TRAIN = dict(width=0.125, epochs=2, batch_size=64, lr=0.02)
@@ -127,8 +128,39 @@ def test_the_strongest_of_several_restarts_counts_and_validation_images_say_whic
     record, data = r.attack(), ex.load_data('digits', n_train=256)
     mses = [x['mse'] for x in record['restarts']]
     assert len(set(mses)) == 3 and seen[:3] == [len(data.val)]*3
-    assert record['scores']['val']['mse'] == min(mses)
+    assert record['scores']['val']['mse'] == min(mses) and record['chosen_on'] == 'val'
     assert one().attack()['scores']['val']['mse'] == mses[0]  # the first restart is the attack without restarts
+
+
+def test_without_validation_images_the_attacker_chooses_on_its_own(monkeypatch):
+    r = run(TrainConfig(**TRAIN), DataConfig(n_train=256, val_frac=0.0), (DecoderConfig(**DECODER, restarts=2),))
+    record = r.attack()
+    assert record['chosen_on'] == 'train' and 'val' not in record['scores']
+    assert record['scores']['train']['mse'] == min(x['mse'] for x in record['restarts'])
+
+
+def test_a_restart_without_a_finite_error_never_counts(monkeypatch):
+    errors = iter([math.nan, 0.02, 0.01, math.inf])
+    real = ex.score_attack
+    def scored(model, attacker, images, **k):
+        return dict(mse=next(errors, None)) if len(seen) < 4 and not seen.append(0) else real(model, attacker, images, **k)
+    seen = []
+    monkeypatch.setattr(ex, 'score_attack', scored)
+    record = run(TrainConfig(**TRAIN), DataConfig(n_train=256), (DecoderConfig(**DECODER, restarts=4),)).attack()
+    first, second, third, fourth = record['restarts']
+    assert 'nan' in first['diverged'] and 'inf' in fourth['diverged'] and (second, third) == (dict(mse=0.02), dict(mse=0.01))
+    assert record['scores']['test']['mse'] > 0
+
+
+def test_a_decoder_attack_that_diverges_says_so():
+    model = one().model()
+    with pytest.raises(AttackDivergedError, match='decoder: not a number in epoch 1 .*lower lr'):
+        ex.train_decoder(model, ex.load_data('digits', n_train=256).train, **(DECODER | dict(lr=1e30)))
+
+
+def test_restarts_reach_the_trained_attacks_alone():
+    _, _, attacks = TableConfig(restarts=3, attacks='decoder,gan,oracle').configs('Bottleneck', False, 0)
+    assert [getattr(a, 'restarts', None) for a in attacks] == [3, 3, None]
 
 
 def test_an_attack_that_diverges_is_a_result_and_the_other_restarts_count(monkeypatch, tiny):
@@ -158,6 +190,7 @@ def test_each_dataset_has_the_papers_schedule():
     assert trained(dataset='cifar10') == ('vgg11', 240, 128, None)
     assert trained(dataset='tinyimagenet', arch='resnet20') == ('resnet20', 120, 256, None)
     assert trained(dataset='facescrub') == ('vgg11', 240, 256, None)
+    assert trained(dataset='folder:x', arch='resnet20_wide') == ('resnet20_wide', 120, 128, None)
     assert TableConfig(dataset='facescrub').configs('Bottleneck', True, 0)[0].epochs == ex.PRESETS['quick']['train']['epochs'] < 120
     assert trained(dataset='folder:x', image_size=48)[3] == 48
     gan, = TableConfig(preset='paper', attacks='gan').configs('Bottleneck', False, 0)[2]

@@ -69,7 +69,7 @@ def test_table_runs(name, copy, store, images, tmp_path, monkeypatch):
                         cwd=path.parent, progress_bar=False, kernel_name='python3', log_output=False)
     text, pictures = outputs(tmp_path/'out.ipynb')
     table = TABLES[name]
-    assert f'saved table{table}_{images.name}_quick' in text and re.search('for [01] of 1 methods', text)
+    assert f'saved table{table}_folder-{images.name}_quick' in text and re.search('for [01] of 1 methods', text)
     assert pictures == (2 if table in (1, 2, 3, 8) else 1)
     saved = [p.name for p in (tmp_path/'figures').iterdir()]
     assert len(saved) == pictures + 1 and all(('arch-resnet20' in n) == (table in (2, 6)) for n in saved)

@@ -185,3 +185,43 @@ def test_one_sample_a_cluster_and_coincident_features_stay_finite():
     same = torch.zeros(40, 6)
     flat = CEM(noise_std=SIGMA, n_classes=3).fit(same, torch.arange(40) % 3)
     assert flat(same[:8], torch.arange(8) % 3).isfinite()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('bound', ['paper', 'pairwise'])
+def test_half_precision_features_are_only_rounded(dtype, bound):
+    "More images than float16 can count, in one cluster; then an epoch of batches whose weights must still sum to 1."
+    one = torch.rand(70_000, 1).to(dtype)
+    assert CEM(noise_std=SIGMA, n_classes=1, n_components=1).fit(one, None)(one[:64], None).isfinite()
+    z, y = features()
+    half = CEM(noise_std=SIGMA, n_classes=3, bound=bound).fit(z.to(dtype), y)
+    wide = CEM(noise_std=SIGMA, n_classes=3, bound=bound).fit(z.to(dtype).float(), y)
+    for i in range(0, 120, 12):
+        batch = z[i:i + 12].to(dtype).requires_grad_()
+        loss, want = half(batch, y[i:i + 12]), wide(batch.detach().float(), y[i:i + 12])
+        assert loss.item() == want.item()
+        loss.backward()
+        assert batch.grad.dtype == dtype and batch.grad.isfinite().all()
+    assert half.weights.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(reading='release'), dict(covariance='full'), dict(bound='pairwise')])
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_features_that_are_no_numbers_are_refused_and_leave_the_mixture_alone(kwargs, bad):
+    cem, z, y = fitted(**kwargs)
+    before = [t.clone() for t in (cem.weights, cem.means, cem.variances)]
+    batch = z[:12].clone(); batch[3, 2] = bad
+    with pytest.raises(ValueError, match='NaN or inf'): cem(batch, y[:12])
+    assert all(torch.equal(a, b) for a, b in zip(before, (cem.weights, cem.means, cem.variances)))
+
+
+@pytest.mark.parametrize('bound', ['paper', 'pairwise'])
+def test_full_covariances_of_wide_features_in_float32(bound):
+    "512 dimensions of rank 8, spread a thousand times wider than the noise: float32 gives what float64 gives."
+    g = torch.Generator().manual_seed(0)
+    z = 30*torch.randn(300, 8, generator=g) @ torch.randn(8, 512, generator=g)/8**0.5
+    y, losses = torch.arange(300) % 2, []
+    for dtype in (torch.float32, torch.float64):
+        cem = CEM(noise_std=0.025, n_classes=2, n_components=2, covariance='full', bound=bound).fit(z.to(dtype), y)
+        losses.append(cem(z[:64].to(dtype), y[:64]).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

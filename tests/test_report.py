@@ -320,10 +320,10 @@ def test_the_picture_of_gains(table):
 @pytest.mark.parametrize('config', [
     TableConfig(),
     TableConfig(methods='Dropout', seeds='2,0', lam=600, noise_std=0.1, preset='small', dataset='cifar10',
-                reading='release', attacks='gan,oracle', arch='resnet20_wide', image_size=24),
+                reading='release', attacks='gan,oracle', restarts=2, arch='resnet20_wide', image_size=24),
     TableConfig(lam=0, noise_std=0, methods='No_defense,PATROL')])
 def test_a_saved_table_comes_back(config):
-    same = {k: getattr(config, k) for k in ('preset', 'dataset', 'noise_std', 'reading', 'arch')}
+    same = {k: getattr(config, k) for k in ('preset', 'dataset', 'noise_std', 'reading', 'restarts', 'arch')}
     scores = pd.DataFrame([dict(method=m, cem=c, seed=s, lam=config.lam*c) | same | dict(acc_test=90.123)
                            | {f'mse_{p}_{a}': 0.0123456 for a in config.attacks for p in ('train', 'infer')}
                            for s in config.seeds for m, c in config.rows()])
@@ -332,7 +332,12 @@ def test_a_saved_table_comes_back(config):
     assert back == config and len(rows) == len(scores) and np.allclose(rows.mse_infer_gan, 0.0123456)
     if config == TableConfig(): assert path.name == 't_digits_quick.csv'
     for word in ('lam-600', 'noise_std-0.1', 'methods-Dropout', 'seeds-2-0', 'arch-resnet20_wide', 'reading-release',
-                 'attacks-gan-oracle', 'image_size-24'): assert (word in path.name) == (config.lam == 600)
+                 'attacks-gan-oracle', 'restarts-2', 'image_size-24'): assert (word in path.name) == (config.lam == 600)
+
+
+def test_a_folder_is_not_saved_as_the_data_set_of_its_name():
+    names = [save_results('t', TableConfig(dataset=d), pd.DataFrame({'x': [0]}))[0].name for d in ('cifar10', 'folder:a/cifar10')]
+    assert names == ['t_cifar10_quick.csv', 't_folder-cifar10_quick.csv']
 
 
 def test_tables_figures_and_files(monkeypatch):
