@@ -40,7 +40,9 @@ def ssim(
 
 # %% ../nbs/03ba_adversarial.ipynb #382326fc
 class ResSFL(Defense):
-    r"Adds $\alpha \max(0, \mathrm{SSIM} - t)$ of a proxy decoder that is trained along ([29]; adversarial learning)."
+    r"""Adds $\alpha \max(0, \mathrm{SSIM} - t)$ of a proxy decoder that is trained along.
+
+    Source: Li et al., ResSFL, CVPR 2022 ([29] of the paper); with more noise, Jeong et al. 2023 ([19])."""
     steps = 1    # of the proxy a batch
     lr = 1e-3    # of the proxy's Adam
 
@@ -67,6 +69,7 @@ class ResSFL(Defense):
     def set_extra_state(self, state): self.proxy_opt.load_state_dict(state)
 
     def step(self, x, z):
+        "The proxy's Adam steps on a batch of images [B, C, H, W] and detached features [B, c, h, w]."
         if not self.alpha: return
         self.proxy.train().requires_grad_(True)
         for _ in range(self.steps):
@@ -75,6 +78,7 @@ class ResSFL(Defense):
             self.proxy_opt.step()
 
     def loss(self, x, y, z_hat, z, logits):
+        "The hinge, >= 0, from the images `x` and the noisy features `z`; the proxy itself is left alone."
         if not self.alpha: return 0.0
         rebuilt = self.proxy.eval().requires_grad_(False)(z)
         return self.alpha*(ssim(rebuilt, x) - self.t).relu()

@@ -105,7 +105,9 @@ def distance_correlation(
 
 
 class DistCorr(Defense):
-    r"Adds $\alpha\,\mathrm{dCor}(x, \hat z)$ to the loss (NoPeek, [54])."
+    r"""Adds $\alpha\,\mathrm{dCor}(x, \hat z)$ to the loss, of the noise-free feature, as the authors' release has it.
+
+    Source: Vepakomma et al., NoPeek, 2020 ([54] of the paper); with more noise, Titcombe et al. 2021 ([52])."""
     def __init__(
         self,
         alpha: float,                # weight of the distance correlation, >= 0

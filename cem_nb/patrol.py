@@ -44,10 +44,10 @@ class PrunableEncoder(nn.Sequential):
 
     def prune(
         self,
-        scores: list[Tensor],                    # importance of the channels of each group; the highest stay
+        scores: list[Tensor],                      # importance of the channels, [out_channels] for each of `groups()`
         opt: torch.optim.Optimizer | None = None,  # its momentum is pruned along
     ):
-        "Remove channels, in place."
+        "Keep the `kept` channels with the highest scores of each group, in place."
         for group, k, score in zip(self.groups(), self.kept, scores):
             _remove(*group, score.topk(k).indices.sort().values, opt)
 
@@ -89,7 +89,9 @@ def _narrow(module, name, old, dim, keep, opt):
 
 # %% ../nbs/03bb_patrol.ipynb #eab3c384
 class PATROL(ResSFL):
-    "ResSFL with one more layer and structured pruning back to the size of the other methods' encoders ([7])."
+    """ResSFL with one more layer and structured pruning back to the size of the other methods' encoders.
+
+    Source: Ding et al., PATROL, WACV 2024 ([7] of the paper), in the form of the paper's comparison (Section 5.1)."""
     extra = 16     # channels of the additional layer, times the model's width
     steps = 3      # of the proxy a batch
     prune_at = 0.75  # share of the epochs after which the encoder is pruned
@@ -113,6 +115,7 @@ class PATROL(ResSFL):
 
     @torch.no_grad()
     def after_backward(self, model):
+        "Add the Lipschitz penalty's gradient, and the batch to the channels' scores, [out_channels] a group."
         if self.lipschitz:
             convs = [m.weight for m in model.encoder.modules() if isinstance(m, nn.Conv2d)]
             for w in convs:  # the gradient of the largest singular value is the product of its singular vectors
@@ -123,5 +126,6 @@ class PATROL(ResSFL):
         self.scores = new if self.scores is None else [a + b for a, b in zip(self.scores, new)]
 
     def end_epoch(self, model, opt, done):
+        "Prune when `prune_at` of the epochs are done."
         if done >= self.prune_at and not model.encoder.pruned: model.encoder.prune(self.scores, opt)
         self.scores = None  # an epoch's scores are its own, so a resumed run has the same

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'METRICS', 'ATTACK_NAMES', 'ParameterError', 'notebook_config', 'PaperTable', 'paper_csv', 'paper_numbers',
            'errata_table', 'Metric', 'mean_interval', 'gains', 'averages', 'score_table', 'gain_table',
-           'headline_table', 'verdict', 'plot_gains', 'plot_examples', 'save_results', 'load_results']
+           'headline_table', 'verdict', 'plot_gains', 'plot_examples', 'data_label', 'save_results', 'load_results']
 
 # %% ../nbs/03f_report.ipynb #4cfb5cac
 import ast, difflib, math
@@ -398,6 +398,13 @@ def plot_examples(
     return fig
 
 # %% ../nbs/03f_report.ipynb #5ee4caf1
+def data_label(
+    dataset: str,  # of a configuration
+) -> str:
+    "The data set in a file's name; a folder keeps its mark: its images need not be those of the data set of that name."
+    return f'folder-{Path(dataset.removeprefix("folder:")).name}' if dataset.startswith('folder:') else dataset
+
+
 def save_results(
     name: str,               # of the notebook, such as table1
     config: TableConfig,
@@ -407,9 +414,7 @@ def save_results(
     "Write scores as CSV and figures as PNG; the name tells table, data, preset and what differs from `TableConfig()`."
     folder, default = figures_dir(), TableConfig()
     folder.mkdir(parents=True, exist_ok=True)
-    data = config.dataset  # a folder keeps its mark: its images need not be those of the data set of the same name
-    if data.startswith('folder:'): data = f'folder-{Path(data.removeprefix("folder:")).name}'
-    stem = f'{name}_{data}_{config.preset}'
+    stem = f'{name}_{data_label(config.dataset)}_{config.preset}'
     for k in TableConfig.model_fields:
         v = getattr(config, k)
         if k in ('dataset', 'preset', 'device') or v == getattr(default, k): continue
