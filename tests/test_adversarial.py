@@ -218,3 +218,21 @@ def test_the_lipschitz_gradient_is_that_of_the_mean_squared_spectral_norm():
     d.after_backward(model)
     penalty = 0.3*torch.stack([torch.linalg.matrix_norm(w.flatten(1), 2)**2 for w in weights]).mean()
     for w, g in zip(weights, torch.autograd.grad(penalty, weights)): assert torch.allclose(w.grad, g, atol=1e-10)
+
+
+def test_the_curves_say_whether_a_defence_was_at_work(digits):
+    "A hinge that never opens is a row of the table under another name; the record must show it."
+    curve = lambda **k: [e['l_d'] for e in train(TrainConfig(**dict(TRAIN, epochs=2), **k), digits)[1]]
+    assert curve() == [0, 0] and curve(defense='ResSFL', params=dict(t=1.0)) == [0, 0]
+    assert min(curve(defense='ResSFL', params=dict(t=0.0))) > 0.005 and min(curve(defense='DistCorr')) > 0.005
+
+
+def test_patrol_without_its_loss_is_a_longer_pruned_encoder_alone(digits):
+    off = TrainConfig(defense='PATROL', params=dict(alpha=0.0), **TRAIN)
+    model, history = train(off, digits)
+    assert [e['l_d'] for e in history] == [0]*4 and model.encoder.pruned
+    d = make_defense('PATROL', dict(alpha=0.0))
+    d.model('vgg11', 10, in_channels=1, image_size=16, width=0.125)
+    before = copy.deepcopy(d.proxy.state_dict())
+    d.step(digits.train.x[:8].float()/255, torch.rand(8, 8, 4, 4))
+    assert all(torch.equal(v, before[k]) for k, v in d.proxy.state_dict().items())
