@@ -135,8 +135,8 @@ def kmeans(
 
 # %% ../nbs/02_entropy.ipynb #50b457f0
 def _mixture(means, covariances, weights=None):
-    """Check a mixture's parameters in one look; returns them in float64, with weights that sum to 1 in float64 as well, and
-    the dtype that results are cast back to."""
+    """Check a mixture's parameters in one look. Returns them in float64, the weights divided by their sum, and the dtype
+    that results are cast back to."""
     dtype = _dtype(means, covariances, *([] if weights is None else [weights]))
     k, m = means.shape if means.ndim == 2 else (None, None)
     if k is None or tuple(covariances.shape) not in ((k,), (k, m), (k, m, m)):
@@ -206,7 +206,7 @@ def component_log_prob(
 
 # %% ../nbs/02_entropy.ipynb #68195464
 def _variances(x, r, mean):
-    "Mean square deviation [m] from the mean of the rows of `x` under the weights `r` [N]: two passes, no expanded square."
+    "Variances [m] of the rows of `x` under the weights `r` [N], about `mean`: a second pass, no expanded square."
     rows = r.nonzero()[:, 0]  # far from the others, a component has few rows
     size, first, second = r.sum(), 0., 0.
     for part in rows.split(len(_blocks(x)[0])):
@@ -400,7 +400,8 @@ def entropy_huber(
     covariances: Tensor,  # covariances S_i: [k], [k, m] or [k, m, m]
 ) -> Tensor:              # an upper bound on H(z), nats
     """Upper bound on a mixture's entropy, Eq. 15: sum_i pi_i (-log pi_i + 1/2 log((2 pi e)^m |S_i|)), from Huber et al.
-    (2008). It is H(z, c) = H(z|c) + H(c), so it exceeds H(z) by H(c|z).
+    (2008). It is H(z, c) = H(z|c) + H(c), so it exceeds H(z) by H(c|z). It bounds H(z) of any other law whose clusters
+    have these weights, means and covariances as well.
 
     Raises ValueError for bad weights, shapes or covariances that are not positive definite."""
     mu, s, w, dtype = _mixture(means, covariances, weights)
@@ -441,7 +442,8 @@ def entropy_pairwise(
     kind: str = 'upper',  # 'upper' (D = Kullback-Leibler) or 'lower' (D = Bhattacharyya)
 ) -> Tensor:              # a bound on H(z), nats
     """Bound on a mixture's entropy: sum_i pi_i (H_i - log sum_j pi_j exp(-D(i, j))), H_i the entropy of component i.
-    Kolchinsky and Tracey (2017), "Estimating Mixture Entropy with Pairwise Distances".
+    Kolchinsky and Tracey (2017), "Estimating Mixture Entropy with Pairwise Distances". The upper bound, unlike the
+    lower, holds for any other law whose clusters have these weights, means and covariances as well.
 
     Raises ValueError for bad weights, shapes or covariances that are not positive definite."""
     if kind not in ('upper', 'lower'): raise ValueError(f"kind = {kind!r}: choose 'upper' or 'lower'")
