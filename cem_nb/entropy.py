@@ -135,8 +135,8 @@ def kmeans(
 
 # %% ../nbs/02_entropy.ipynb #50b457f0
 def _mixture(means, covariances, weights=None):
-    """Check a mixture's parameters in one look. Returns them in float64, the weights divided by their sum, and the dtype
-    that results are cast back to."""
+    """Check a mixture's parameters in one look. Returns them in float64, the weights divided by their sum, and the
+    dtype that results are cast back to."""
     dtype = _dtype(means, covariances, *([] if weights is None else [weights]))
     k, m = means.shape if means.ndim == 2 else (None, None)
     if k is None or tuple(covariances.shape) not in ((k,), (k, m), (k, m, m)):
