@@ -135,7 +135,8 @@ def kmeans(
 
 # %% ../nbs/02_entropy.ipynb #50b457f0
 def _mixture(means, covariances, weights=None):
-    "Check a mixture's parameters in one look; returns them in float64 and the dtype that results are cast back to."
+    """Check a mixture's parameters in one look. Returns them in float64, the weights divided by their sum, and the
+    dtype that results are cast back to."""
     dtype = _dtype(means, covariances, *([] if weights is None else [weights]))
     k, m = means.shape if means.ndim == 2 else (None, None)
     if k is None or tuple(covariances.shape) not in ((k,), (k, m), (k, m, m)):
@@ -144,16 +145,18 @@ def _mixture(means, covariances, weights=None):
     if weights is not None and weights.shape != (k,):
         raise ValueError(f'weights have shape {list(weights.shape)}: make it [{k}], one per component')
     mu, s, w = means.double(), covariances.double(), None if weights is None else weights.double()
+    slack = 1e-3 if w is None else max(1e-3, torch.finfo(weights.dtype).eps)  # bfloat16 rounds by more
     with torch.no_grad():  # one transfer from the device for all the checks
         bad = [~(mu.isfinite().all() & s.isfinite().all()), (s <= 0).any() if s.ndim < 3 else (s - s.mT).abs().max()
                > 1e-4 * s.abs().max()]
-        bad += [torch.zeros_like(bad[0])] * 2 if w is None else [~(w >= 0).all(), ~((w.sum() - 1).abs() < 1e-3)]
+        bad += [torch.zeros_like(bad[0])] * 2 if w is None else [~(w >= 0).all(), ~((w.sum() - 1).abs() < slack)]
         bad = torch.stack(bad).tolist()
     if bad[0]: raise ValueError('means or covariances hold NaN or inf: fit the mixture on finite features')
     if bad[1] and s.ndim < 3: raise ValueError('a variance is <= 0, so the entropy is -inf: see add_noise or reg_covar')
     if bad[1]: raise ValueError('a covariance is not symmetric: pass (S + S.mT) / 2')
     if bad[2] or bad[3]: raise ValueError('weights must be >= 0 and sum to 1: divide them by their sum')
-    return mu, s, w, dtype
+    # each pi_i multiplies m/2 log(2 pi e) nats and more, so a sum that is off by 1e-3 would be off by whole nats
+    return mu, s, None if w is None else w / w.sum(), dtype
 
 
 def _cholesky(s):
@@ -174,7 +177,7 @@ def _logdet(s, m):
 def _log_prob(x, mu, s):
     "component_log_prob of checked float64 parameters."
     k, m = mu.shape
-    shift = mu.detach().mean(0)
+    means, shift = mu, mu.detach().mean(0)
     mu, log_norm = mu - shift, m * math.log(2 * math.pi) + _logdet(s, m)
     if s.ndim == 3:
         quad = [torch.linalg.solve_triangular(l, (x - shift - c).T, upper=False).square().sum(0)
@@ -182,7 +185,11 @@ def _log_prob(x, mu, s):
         return -0.5 * (torch.stack(quad, 1) + log_norm)
     p = 1 / (s if s.ndim == 2 else s[:, None].expand(k, m))  # precisions
     quad = [b.square() @ p.T - 2 * (b @ (mu * p).T) for b in (c - shift for c in _blocks(x, k))]
-    return -0.5 * ((torch.cat(quad) + (mu.square() * p).sum(1)).clamp_min(0) + log_norm)
+    size = (mu.square() * p).sum(1)
+    quad = (torch.cat(quad) + size).clamp_min(0)
+    for i in (size.detach() > 1e10).nonzero()[:, 0]:  # 1e10 eps = 2e-6: the expansion begins to show
+        quad = quad.index_copy(1, i[None], torch.cat([((b - means[i]).square() @ p[i])[:, None] for b in _blocks(x)]))
+    return -0.5 * (quad + log_norm)
 
 
 def component_log_prob(
@@ -198,6 +205,16 @@ def component_log_prob(
     return _log_prob(x, mu, s)
 
 # %% ../nbs/02_entropy.ipynb #68195464
+def _variances(x, r, mean):
+    "Variances [m] of the rows of `x` under the weights `r` [N], about `mean`: a second pass, no expanded square."
+    rows = r.nonzero()[:, 0]  # far from the others, a component has few rows
+    size, first, second = r.sum(), 0., 0.
+    for part in rows.split(len(_blocks(x)[0])):
+        d = x[part] - mean
+        first, second = first + r[part] @ d, second + r[part] @ d.square()
+    return (second - first.square() / size).clamp_min(0) / size  # `first` is 0 but for the rounding of `mean`
+
+
 def _m_step(x, resp, covariance_type, reg_covar):
     "Weights, means and covariances that fit the responsibilities `resp` [N, k] best; `x` float64, centred."
     size = resp.sum(0) + 10 * torch.finfo(torch.float64).eps  # an empty component divides by this, not by zero
@@ -212,7 +229,11 @@ def _m_step(x, resp, covariance_type, reg_covar):
         return size / size.sum(), means, cov
     rows = len(_blocks(x)[0])
     second = sum(r.T @ b.square() for r, b in zip(resp.split(rows), x.split(rows))) / size[:, None]
-    cov = (second - means.square()).clamp_min(0) + reg_covar  # centred float64: the difference keeps its digits
+    cov = (second - means.square()).clamp_min(0)
+    # the difference keeps 16 digits less those of second / cov; in training none is lost and one pass does
+    lost = (second > 1e6 * (cov + reg_covar)).any(1) & (resp.sum(0) > 0)
+    for i in lost.nonzero()[:, 0].tolist(): cov[i] = _variances(x, resp[:, i], means[i])
+    cov = cov + reg_covar
     return size / size.sum(), means, cov.mean(1) if covariance_type == 'spherical' else cov
 
 # %% ../nbs/02_entropy.ipynb #299276af
@@ -379,7 +400,8 @@ def entropy_huber(
     covariances: Tensor,  # covariances S_i: [k], [k, m] or [k, m, m]
 ) -> Tensor:              # an upper bound on H(z), nats
     """Upper bound on a mixture's entropy, Eq. 15: sum_i pi_i (-log pi_i + 1/2 log((2 pi e)^m |S_i|)), from Huber et al.
-    (2008). It is H(z, c) = H(z|c) + H(c), so it exceeds H(z) by H(c|z).
+    (2008). It is H(z, c) = H(z|c) + H(c), so it exceeds H(z) by H(c|z). It bounds H(z) of any other law whose clusters
+    have these weights, means and covariances as well.
 
     Raises ValueError for bad weights, shapes or covariances that are not positive definite."""
     mu, s, w, dtype = _mixture(means, covariances, weights)
@@ -396,8 +418,8 @@ def _kl(mu, s):
         logdet = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
     else:
         s = s if s.ndim == 2 else s[:, None].expand(k, m)
-        trace, logdet, mu = s @ (1 / s).T, s.log().sum(1), mu - mu.detach().mean(0)
-        far = (mu.square() @ (1 / s).T - 2 * (mu @ (mu / s).T) + (mu.square() / s).sum(1)).clamp_min(0)
+        trace, logdet = s @ (1 / s).T, s.log().sum(1)
+        far = torch.cat([((b[:, None] - mu).square() / s).sum(2) for b in mu.split(max(1, _BLOCK // (k * m)))])
     return 0.5 * (trace + far - m + logdet - logdet[:, None])
 
 
@@ -420,7 +442,8 @@ def entropy_pairwise(
     kind: str = 'upper',  # 'upper' (D = Kullback-Leibler) or 'lower' (D = Bhattacharyya)
 ) -> Tensor:              # a bound on H(z), nats
     """Bound on a mixture's entropy: sum_i pi_i (H_i - log sum_j pi_j exp(-D(i, j))), H_i the entropy of component i.
-    Kolchinsky and Tracey (2017), "Estimating Mixture Entropy with Pairwise Distances".
+    Kolchinsky and Tracey (2017), "Estimating Mixture Entropy with Pairwise Distances". The upper bound, unlike the
+    lower, holds for any other law whose clusters have these weights, means and covariances as well.
 
     Raises ValueError for bad weights, shapes or covariances that are not positive definite."""
     if kind not in ('upper', 'lower'): raise ValueError(f"kind = {kind!r}: choose 'upper' or 'lower'")
@@ -477,21 +500,27 @@ def mutual_information_bound(
     means: Tensor,         # means mu_i [k, m]
     covariances: Tensor,   # covariances Sigma_i of z_hat: [k], [k, m] or [k, m, m], singular ones too
     noise_std: float,      # standard deviation of the noise, > 0
-    bound: str = 'paper',  # 'paper' (Eq. 16) and 'pairwise' bound from above, 'lower' from below
-) -> Tensor:               # a bound on I(z; z_hat), nats
+    bound: str = 'paper',  # 'paper' (Eq. 16) and 'pairwise' bound from above, 'lower' from below; 'mc' estimates
+    n_samples: int = 10_000,  # draws in all, for 'mc' alone
+    generator=None,        # torch.Generator, for 'mc' alone; None: torch's global one
+) -> Tensor | tuple[Tensor, Tensor]:  # a bound on I(z; z_hat), nats; for 'mc' an estimate and its standard error
     """Bound on the mutual information of z_hat and z = z_hat + N(0, noise_std^2 I): H(z) - m/2 log(2 pi e noise_std^2)
     (Eq. 14, with m the width of z), H(z) bounded as asked.
 
+    'paper' and 'pairwise' hold for any z_hat whose clusters have these moments, mixture or not; 'lower' and 'mc' are
+    about the Gaussian mixture itself.
     Raises ValueError for noise_std = 0 (the mutual information is infinite: give positive noise) and bad parameters."""
     bounds = {'paper': entropy_huber, 'pairwise': entropy_pairwise,
-              'lower': lambda *p: entropy_pairwise(*p, kind='lower')}
-    if bound not in bounds: raise ValueError(f"bound = {bound!r}: choose 'paper', 'pairwise' or 'lower'")
+              'lower': lambda *p: entropy_pairwise(*p, kind='lower'),
+              'mc': lambda *p: entropy_mc(*p, n_samples, generator)}
+    if bound not in bounds: raise ValueError(f"bound = {bound!r}: choose 'paper', 'pairwise', 'lower' or 'mc'")
     if not 0 < noise_std < math.inf:
         raise ValueError(f'noise_std = {noise_std}: give a finite number > 0 (at 0 I(z; z_hat) is infinite)')
     dtype = _dtype(weights, means, covariances)
     s = add_noise(covariances.double(), noise_std)
-    h_z = bounds[bound](weights.double(), means.double(), s)
+    h_z = bounds[bound](weights, means.double(), s)
     h_noise = 0.5 * means.shape[1] * math.log(2 * math.pi * math.e * noise_std ** 2)
+    if bound == 'mc': return (h_z[0] - h_noise).to(dtype), h_z[1].to(dtype)
     return (h_z - h_noise).to(dtype)
 
 # %% ../nbs/02_entropy.ipynb #d3b3022b
@@ -502,12 +531,15 @@ def conditional_entropy_bound(
     covariances: Tensor,   # covariances Sigma_i of z_hat: [k], [k, m] or [k, m, m]
     noise_std: float,      # standard deviation of the noise, > 0
     bound: str = 'paper',  # as in mutual_information_bound; 'paper' and 'pairwise' give lower bounds on H(x|z)
-) -> Tensor:               # H(x) minus the bound on I(z; z_hat), nats
-    """Theorem 2 (Eq. 3): a lower bound on H(x|z) = H(x) - I(z; z_hat).
+    n_samples: int = 10_000,  # draws in all, for 'mc' alone
+    generator=None,        # torch.Generator, for 'mc' alone; None: torch's global one
+) -> Tensor | tuple[Tensor, Tensor]:  # H(x) minus the bound on I(z; z_hat), nats; for 'mc' with its standard error
+    """Theorem 2 (Eq. 3): a lower bound on H(x|z) = H(x) - I(z; z_hat); for 'mc' an estimate.
 
     Raises ValueError as mutual_information_bound does, and for an h_x that is not finite."""
     if not math.isfinite(h_x): raise ValueError(f'h_x = {h_x}: give a finite entropy in nats')
-    return h_x - mutual_information_bound(weights, means, covariances, noise_std, bound)
+    info = mutual_information_bound(weights, means, covariances, noise_std, bound, n_samples, generator)
+    return (h_x - info[0], info[1]) if bound == 'mc' else h_x - info
 
 # %% ../nbs/02_entropy.ipynb #f5bbbb1d
 def _logdet_eye_plus(x, w):

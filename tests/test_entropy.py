@@ -10,9 +10,9 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.mixture import GaussianMixture as SkMixture
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from cem_nb.entropy import (GaussianMixture, add_noise, assign, cluster_posterior, component_log_prob,
-                            conditional_entropy_bound, entropy_huber, entropy_mc, entropy_pairwise, expected_posterior,
-                            kmeans, logdet_gram, logdet_update, mutual_information_bound)
+from cem_nb.entropy import (GaussianMixture, _bhattacharyya, _kl, add_noise, assign, cluster_posterior,
+                            component_log_prob, conditional_entropy_bound, entropy_huber, entropy_mc, entropy_pairwise,
+                            expected_posterior, kmeans, logdet_gram, logdet_update, mutual_information_bound)
 
 TYPES = ['spherical', 'diag', 'full']
 ENTROPY_2PIE = math.log(2 * math.pi * math.e)
@@ -235,6 +235,31 @@ def test_rounding_never_takes_a_variance_below_reg_covar(form):
 
 
 @pytest.mark.parametrize('form', TYPES)
+@pytest.mark.parametrize('far', [1e4, 1e8, 1e10])
+def test_one_far_outlier_spoils_no_variance(form, far):
+    x = 0.1 * torch.randn(300, 2, generator=rng(0), dtype=torch.float64)
+    gm = GaussianMixture(2, covariance_type=form, random_state=0, reg_covar=1e-6)
+    gm.fit(torch.cat([x, torch.full((1, 2), far, dtype=torch.float64)]))
+    near = gm.means_[:, 0].argmin()
+    want = {'full': x.T.cov(correction=0) + 1e-6 * torch.eye(2), 'diag': x.var(0, correction=0) + 1e-6,
+            'spherical': x.var(0, correction=0).mean() + 1e-6}[form]
+    assert torch.allclose(gm.covariances_[near], want.double(), rtol=1e-4, atol=1e-12)  # 1e10 + x itself rounds by 1e-6
+    lone = dense(gm.covariances_, 2)[1 - near]
+    assert torch.allclose(lone, 1e-6 * torch.eye(2).double(), rtol=1e-9, atol=1e-9 if form == 'full' else 1e-15)
+    assert gm.weights_[near].item() == pytest.approx(300 / 301)
+
+
+def test_the_second_pass_agrees_with_the_first_where_both_are_accurate():
+    from cem_nb.entropy import _m_step, _variances
+    x = torch.randn(200, 5, generator=rng(0), dtype=torch.float64)
+    resp = torch.randn(200, 3, generator=rng(1), dtype=torch.float64).softmax(1)
+    resp[:50, 0] = 0
+    _, mu, s = _m_step(x, resp, 'diag', 0.)
+    for i in range(3):
+        for off in (0., 0.1): assert torch.allclose(_variances(x, resp[:, i], mu[i] + off), s[i], rtol=1e-12)
+
+
+@pytest.mark.parametrize('form', TYPES)
 def test_hard_fits_stay_finite(form):
     same = torch.ones(6, 4)
     one = torch.cat([torch.randn(20, 4, generator=rng(0)), torch.full((1, 4), 50.)])
@@ -310,7 +335,61 @@ def test_diagonal_density_matches_a_product_of_normals_at_512_dimensions():
     assert torch.allclose(gm.score_samples(x), p.log_prob(x), rtol=1e-10)
 
 
+@pytest.mark.parametrize('form', TYPES)
+def test_density_and_bounds_beside_a_component_far_away(form):
+    def unit(far):
+        s = {'spherical': torch.ones(3), 'diag': torch.ones(3, 1), 'full': torch.ones(3, 1, 1)}[form].double()
+        return torch.ones(3).double() / 3, torch.tensor([[0.], [1.], [far]]).double(), s
+    x = torch.tensor([[-1.], [0.3], [2.], [1e9], [1e9 + 1]]).double()
+    want = Normal(unit(1e9)[1][:, 0], 1.).log_prob(x)
+    assert torch.allclose(component_log_prob(x, *unit(1e9)[1:]), want, rtol=1e-12, atol=1e-12)
+    for f in (entropy_pairwise, lambda *p: entropy_pairwise(*p, 'lower'), lambda *p: entropy_mc(*p, 900, rng(0))[0]):
+        assert f(*unit(1e9)).item() == pytest.approx(f(*unit(1e3)).item(), abs=1e-7)
+    w, mu, s = unit(1e9)
+    leaf = mu.clone().requires_grad_()
+    grad, = torch.autograd.grad(component_log_prob(x[:3], leaf, s)[:, :2].sum(), leaf)
+    assert torch.allclose(grad[:2, 0], (x[:3] - mu[:2, 0]).sum(0))
+
+
 # bounds
+
+@some
+@given(k=st.integers(1, 4), m=st.integers(1, 5), form=st.sampled_from(TYPES), gap=st.sampled_from([0.1, 1., 5.]),
+       offset=st.sampled_from([0., 1e4]), seed=st.integers(0, 999))
+def test_pairwise_distances_match_independent_formulas(k, m, form, gap, offset, seed):
+    w, mu, s = mixture(k, m, form, seed, gap)
+    mu = mu + offset
+    p = [MultivariateNormal(mu[i], dense(s, m)[i]) for i in range(k)]
+    kl = torch.stack([torch.stack([torch.distributions.kl_divergence(a, b) for b in p]) for a in p])
+    assert torch.allclose(_kl(mu, s), kl, rtol=1e-8, atol=1e-8)
+    C, want = dense(s, m).numpy(), np.zeros((k, k))
+    for i in range(k):
+        for j in range(k):
+            mid, d = (C[i] + C[j]) / 2, (mu[i] - mu[j]).numpy()
+            dets = [np.linalg.det(c) for c in (mid, C[i], C[j])]
+            want[i, j] = d @ np.linalg.inv(mid) @ d / 8 + 0.5 * math.log(dets[0] / math.sqrt(dets[1] * dets[2]))
+    np.testing.assert_allclose(_bhattacharyya(mu, s), want, rtol=1e-7, atol=1e-8)
+    for kind, D in (('upper', kl.numpy()), ('lower', want)):  # Kolchinsky and Tracey, term by term
+        overlap = [sum(w[j].item() * math.exp(-D[i, j]) for j in range(k)) for i in range(k)]
+        h = sum(w[i].item() * (p[i].entropy().item() - math.log(overlap[i])) for i in range(k))
+        assert entropy_pairwise(w, mu, s, kind).item() == pytest.approx(h, abs=1e-7)
+
+
+@pytest.mark.parametrize('form', TYPES)
+@pytest.mark.parametrize('m', [1, 2])
+def test_pairwise_distances_by_quadrature(form, m):
+    _, mu, s = mixture(3, m, form, 8, gap=0.8)
+    p = [stats.multivariate_normal(mu[i].numpy(), dense(s, m)[i].numpy()) for i in range(3)]
+    t = np.linspace(-12, 12, 1201)
+    z = np.stack(np.meshgrid(*[t] * m, indexing='ij'), -1)
+    log_p, cell = [q.logpdf(z) for q in p], (t[1] - t[0]) ** m
+    for i in range(3):
+        for j in range(3):
+            kl = (np.exp(log_p[i]) * (log_p[i] - log_p[j])).sum() * cell
+            b = -math.log(np.exp((log_p[i] + log_p[j]) / 2).sum() * cell)
+            assert _kl(mu, s)[i, j].item() == pytest.approx(kl, abs=1e-6)
+            assert _bhattacharyya(mu, s)[i, j].item() == pytest.approx(b, abs=1e-6)
+
 
 @some
 @given(k=st.integers(1, 6), m=st.integers(1, 6), form=st.sampled_from(TYPES), gap=st.sampled_from([0.1, 0.7, 2., 10.]),
@@ -424,6 +503,34 @@ def test_float32_in_float32_out():
         assert h.dtype == torch.float32 and leaves[2].grad.dtype == torch.float32 and leaves[2].grad.isfinite().all()
 
 
+@pytest.mark.parametrize('sum_to', [1.0008, 0.9993])
+def test_weights_that_were_rounded_cost_no_nats(sum_to):
+    # m/2 log(2 pi e s) multiplies the sum of the weights: at m = 512, 8e-4 too much used to be a nat
+    w, mu = torch.tensor([.5, sum_to - .5]).double(), torch.zeros(2, 512).double()
+    for s in (torch.zeros(2).double(), torch.zeros(2, 512).double()):
+        for bound, want in (('paper', math.log(2)), ('pairwise', 0.), ('lower', 0.)):
+            assert mutual_information_bound(w, mu, s, 0.025, bound).item() == pytest.approx(want, abs=1e-6)
+    one = w / w.sum()
+    for f in (entropy_huber, entropy_pairwise, lambda *p: entropy_mc(*p, 20, rng(0))[0]):
+        assert f(w, mu, mu + 1).item() == pytest.approx(f(one, mu, mu + 1).item(), rel=1e-14)
+
+
+def test_bfloat16_weights_tell_at_most_log_k():
+    for seed in range(20):
+        w = torch.rand(30, generator=rng(seed)).add(0.5)
+        for even in (w / w.sum(), torch.full((30,), 1 / 30)):  # thirty times 1/30 is 1.0034 in bfloat16
+            leak = mutual_information_bound(even.bfloat16(), torch.zeros(30, 512), torch.zeros(30, 512), 0.025)
+            assert 0 < leak <= math.log(30) + 1e-6
+
+
+def test_gradients_of_the_weights_stay_on_the_simplex():
+    w, mu, s = mixture(3, 2, 'diag', 0)
+    leaf = w.clone().requires_grad_()
+    for f in (entropy_huber, entropy_pairwise):
+        grad, = torch.autograd.grad(f(leaf, mu, s), leaf)
+        assert abs(grad @ w) < 1e-12 and torch.autograd.gradcheck(lambda v: f(v, mu, s), leaf)
+
+
 # mutual information
 
 @some
@@ -437,6 +544,109 @@ def test_paper_bound_is_eq_16_and_the_order_holds(k, m, form, std, seed):
     paper, pair, low = (mutual_information_bound(w, mu, s, std, b).item() for b in ('paper', 'pairwise', 'lower'))
     assert paper == pytest.approx(want, abs=1e-9) and -1e-9 <= low <= pair + 1e-9 <= paper + 2e-9
     assert conditional_entropy_bound(7., w, mu, s, std).item() == pytest.approx(7 - want, abs=1e-9)
+
+
+@pytest.mark.parametrize('form', TYPES)
+def test_monte_carlo_rung(form):
+    w, mu, s = mixture(3, 4, form, 3, gap=0.6)
+    value, error = mutual_information_bound(w, mu, s, 0.4, 'mc', n_samples=20_000, generator=rng(0))
+    z = twin(w, mu, add_noise(s, 0.4))
+    torch.manual_seed(0)
+    plain = -z.log_prob(z.sample((20_000,))) - 4 * (ENTROPY_2PIE / 2 + math.log(0.4))
+    assert abs(value - plain.mean()) < 5 * (error ** 2 + plain.var() / 20_000).sqrt() and 0 < error < 0.02
+    low, up = (mutual_information_bound(w, mu, s, 0.4, b) for b in ('lower', 'pairwise'))
+    assert low < value + 5 * error and value - 5 * error < up
+    h, h_error = conditional_entropy_bound(3., w, mu, s, 0.4, 'mc', n_samples=20_000, generator=rng(0))
+    assert h.item() == pytest.approx(3 - value.item()) and h_error == error
+    half = mutual_information_bound(w.float(), mu.float(), s.float(), 0.4, 'mc', n_samples=20)
+    assert [t.dtype for t in half] == [torch.float32] * 2
+    leaf = mu.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: mutual_information_bound(w, v, s, 0.4, 'mc', 12, rng(0))[0], leaf)
+
+
+# any law at all, not only a mixture
+
+def law(kind, n, m, seed):
+    "n equally likely points [n, m] from a law that is no Gaussian mixture."
+    g = rng(seed)
+    x = torch.randn(n, m, generator=g, dtype=torch.float64)
+    if kind == 'heavy tails': return x / torch.rand(n, 1, generator=g, dtype=torch.float64)
+    if kind == 'shell': return x / x.norm(dim=1, keepdim=True)
+    if kind == 'corners': return x.sign()
+    if kind == 'cube': return torch.rand(n, m, generator=g, dtype=torch.float64)
+    return x[:1].expand(n, m) * torch.linspace(-1, 1, n, dtype=torch.float64)[:, None].pow(3)  # a crooked line
+
+
+def soft_moments(x, r, form, reg_covar=0.):
+    "pi, mu, Sigma of the clusters that the responsibilities r [n, k] make of x, written out."
+    size = r.sum(0)
+    mu = r.T @ x / size[:, None]
+    full = torch.stack([(r[:, i, None] * (x - mu[i])).T @ (x - mu[i]) / size[i] for i in range(len(size))])
+    full = full + reg_covar * torch.eye(x.shape[1]).double()
+    diag = full.diagonal(dim1=1, dim2=2)
+    return size / len(x), mu, {'full': full, 'diag': diag, 'spherical': diag.mean(1)}[form]
+
+
+def truth_mc(x, std, draws, seed):
+    "I(z; z_hat) of n equally likely points and its error: log n less the mean entropy of which point it was."
+    x = x.unique(dim=0, return_inverse=True, return_counts=True)
+    points, counts = x[0], x[2].double()
+    prior = counts / counts.sum()
+    c = torch.multinomial(prior, draws, replacement=True, generator=rng(seed))
+    z = points[c] + std * torch.randn(draws, points.shape[1], generator=rng(seed + 1), dtype=torch.float64)
+    d2 = (z[:, None] - points).square().sum(2)
+    post = (prior.log() - d2 / (2 * std ** 2)).softmax(1)
+    doubt = torch.special.entr(post).sum(1)
+    return Categorical(prior).entropy().item() - doubt.mean().item(), doubt.std().item() / draws ** 0.5
+
+
+@some
+@given(kind=st.sampled_from(['heavy tails', 'shell', 'corners', 'cube', 'line']), n=st.integers(2, 40),
+       m=st.integers(1, 4), k=st.integers(1, 6), form=st.sampled_from(TYPES), std=st.floats(0.05, 2),
+       sharp=st.sampled_from([0., 1., 30.]), reg=st.sampled_from([0., 0.1]), seed=st.integers(0, 999))
+def test_upper_bounds_hold_without_a_mixture(kind, n, m, k, form, std, sharp, reg, seed):
+    x = law(kind, n, m, seed)
+    r = (sharp * torch.randn(n, k, generator=rng(seed + 1), dtype=torch.float64)).softmax(1)
+    w, mu, s = soft_moments(x, r, form, reg)
+    exact, error = truth_mc(x, std, 1500, seed)
+    paper, pair = (mutual_information_bound(w, mu, s, std, b).item() for b in ('paper', 'pairwise'))
+    assert exact - 5 * error - 1e-6 <= pair <= paper + 1e-9
+    # the link between: the cross-entropy of the noisy law against the mixture with these moments
+    z = x[torch.arange(6000) % n] + std * torch.randn(6000, m, generator=rng(seed + 2), dtype=torch.float64)
+    cross = -twin(w, mu, add_noise(s, std)).log_prob(z) - m * (ENTROPY_2PIE / 2 + math.log(std))
+    slack = 5 * cross.std().item() / 6000 ** 0.5 + 1e-6
+    assert exact - 5 * error - slack <= cross.mean().item() <= pair + slack
+
+
+def test_upper_bounds_without_a_mixture_by_quadrature():
+    x = torch.tensor([-2., -1.9, 0., 0.3, 5.]).double()[:, None]
+    t = np.linspace(-12, 15, 20_001)
+    for std in (0.05, 0.3, 1.5):
+        p = stats.norm.pdf(t[:, None], x[:, 0], std).mean(1)
+        exact = integrate.simpson(-p * np.log(p + 1e-300), x=t) - stats.norm(scale=std).entropy()
+        for seed in range(10):
+            r = torch.randn(5, 3, generator=rng(seed)).double().softmax(1)
+            for b in ('paper', 'pairwise'):
+                for form in TYPES: assert mutual_information_bound(*soft_moments(x, r, form), std, b) >= exact - 1e-9
+        assert truth_mc(x, std, 40_000, 0)[0] == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize('form', TYPES)
+def test_upper_bounds_hold_for_the_data_after_any_number_of_em_steps(form):
+    x = law('heavy tails', 60, 3, 4).clamp(-9, 9)
+    for steps in (1, 2, 5):
+        gm = GaussianMixture(5, covariance_type=form, tol=0, max_iter=steps, random_state=0).fit(x)
+        for std in (0.1, 0.5, 2.):
+            exact, error = truth_mc(x, std, 3000, 0)
+            pair, paper = (mutual_information_bound(gm.weights_, gm.means_, gm.covariances_, std, b).item()
+                           for b in ('pairwise', 'paper'))
+            assert exact - 5 * error <= pair <= paper + 1e-9
+
+
+def test_the_lower_bound_needs_the_mixture():
+    x = torch.tensor([[-1.], [1.]]).double()  # one bit; one Gaussian of the same moments carries more
+    w, mu, s = soft_moments(x, torch.ones(2, 1).double(), 'diag')
+    assert mutual_information_bound(w, mu, s, 0.1, 'lower') > math.log(2) > truth_mc(x, 0.1, 500, 0)[0] - 1e-9
 
 
 def test_linear_gaussian_mutual_information_is_exact():

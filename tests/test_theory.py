@@ -365,6 +365,40 @@ def test_theorem_1_and_proposition_2_for_nonlinear_encoders(noise_std, name):
     assert math.isclose(c.h, h_x - h_z + h_noise, abs_tol=2e-3)
 
 
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(seeds, st.integers(1, 2), st.floats(0.3, 1.5))
+def test_all_three_results_for_random_tanh_networks_in_two_dimensions(seed, d_z, noise_std):
+    "Quadrature gives xi and H(x|z); exact draws from a mixture source, and scipy's densities, give the other sides."
+    rng = np.random.default_rng(seed)
+    covs = np.stack([random_cov(rng, 2, 0.3)*0.4 for _ in range(2)])
+    source = LinearMixture([.4, .6], rng.uniform(-1.2, 1.2, (2, 2)), covs, np.eye(2), 1.)
+    A, b, B = rng.standard_normal((2, 8)), rng.standard_normal(8), rng.standard_normal((8, d_z))/math.sqrt(8)
+    net = lambda x: 1.5*np.tanh(x@A + b)@B
+    x, cell = grid(-5, 5, 80, 2)
+    log_p = source.log_prob_x(x)
+    assert abs(np.exp(log_p).sum()*cell - 1) < 1e-3
+    axes = [np.linspace(v.min() - 5*noise_std, v.max() + 5*noise_std, 121 if d_z == 1 else 31) for v in net(x).T]
+    z = np.stack(np.meshgrid(*axes, indexing='ij'), -1).reshape(-1, d_z)
+    post = grid_posterior(x, log_p, net(x), cell, z, noise_std)
+    c = proof_chain(post.h, post.cov, np.exp(post.log_p_z))
+    assert c.h <= c.eq9 + 1e-6 and c.eq9 <= c.eq11 + 1e-9 and c.eq11 <= c.eq12 + 1e-9  # Theorem 1, link by link
+    assert c.bound <= c.xi*(1 + 1e-6)
+    xs = source.sample(1500, rng)[0]
+    zs = net(xs) + noise_std*rng.standard_normal((1500, d_z))
+    mean = grid_posterior(x, log_p, net(x), cell, zs, noise_std).mean
+    error = ((mean - xs)**2).mean(1)
+    assert abs(error.mean() - c.xi) < 5*se(error) + cell/12  # Proposition 1; a cell's own variance is cell / 12
+    for rival in (mean + 0.05, 0.9*mean, np.broadcast_to(xs.mean(0), xs.shape)):
+        lead = ((rival - xs)**2).mean(1) - error
+        assert lead.mean() > -3*se(lead)
+    many = net(source.sample(4000, rng)[0])  # the density of z by a mean over fresh draws of x: no grid at all
+    p_z = np.exp(-((zs[:, None] - many)**2).sum(2)/(2*noise_std**2)).mean(1)/(2*math.pi*noise_std**2)**(d_z/2)
+    h_x = float(-(np.exp(log_p)*log_p).sum()*cell)
+    h_noise = d_z*stats.norm(scale=noise_std).entropy()
+    want = h_x + np.log(p_z).mean() + h_noise
+    assert abs(c.h - want) < 5*se(np.log(p_z)) + 0.01*d_z  # Proposition 2
+
+
 def test_folding_costs_log_2_and_hides_the_sign():
     x, cell = grid(-8, 8, 8000, 1)
     z = np.linspace(-0.3, 8.3, 3000)
