@@ -20,10 +20,10 @@ HYPERPARAMETERS: dict[str, dict[str, float]] = {
     'No_defense': {}, 'Bottleneck': {},
     'DistCorr': dict(alpha=0.1),
     'Dropout': dict(p=0.2),
-    'PATROL': dict(alpha=1.0, t=0.3, lipschitz=0.0),
-    'ResSFL': dict(alpha=1.0, t=0.3),
+    'PATROL': dict(alpha=0.3, t=0.3, lipschitz=0.0),
+    'ResSFL': dict(alpha=0.3, t=0.3),
     'Noise_Nopeek': dict(alpha=0.1, noise_factor=4.0),
-    'Noise_ARL': dict(alpha=1.0, t=0.3, noise_factor=4.0),
+    'Noise_ARL': dict(alpha=0.3, t=0.3, noise_factor=4.0),
 }
 
 
