@@ -9,7 +9,8 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal, Normal
 
-from cem_nb.fisher import GaussianPrior, fisher_diag, fisher_trace_mc, unbiased_mse_bound, van_trees_bound
+from cem_nb.fisher import (GaussianPrior, fisher_diag, fisher_matrix, fisher_trace_mc, unbiased_mse_bound,
+                           van_trees_bound)
 
 some = settings(deadline=None, max_examples=15, derandomize=True)
 
@@ -46,10 +47,22 @@ def test_diagonal_matches_the_dense_jacobian(out):
     assert torch.allclose(fisher_diag(f.float(), x.float(), 0.3), want, rtol=1e-3, atol=1e-6 * want.max())
 
 
+@pytest.mark.parametrize('out', [1, 20], ids=['fewer features', 'more features'])
+def test_matrix_matches_the_dense_jacobian(out):
+    f, x = conv_net(out), torch.rand(4, 2, 6, 6, generator=rng(1), dtype=torch.float64)
+    J = dense_jacobians(f, x)
+    got = fisher_matrix(f, x, 0.3)
+    assert got.shape == (4, 72, 72) and got.dtype == torch.float64 and not got.requires_grad
+    assert torch.allclose(got, J.mT @ J / 0.3 ** 2, rtol=1e-9, atol=1e-12) and got.max() > 0
+    assert torch.allclose(got.diagonal(dim1=1, dim2=2).reshape(x.shape), fisher_diag(f, x, 0.3), rtol=1e-10)
+    assert torch.allclose(fisher_matrix(f.float(), x.float(), 0.3), got, rtol=1e-3, atol=1e-6 * got.max())
+
+
 @some
 @given(chunk=st.integers(1, 80), out=st.sampled_from([1, 20]))
 def test_chunks_change_nothing(chunk, out):
     f, x = conv_net(out), torch.rand(2, 2, 6, 6, generator=rng(1), dtype=torch.float64)
+    assert torch.allclose(fisher_matrix(f, x, 0.3, chunk=chunk), fisher_matrix(f, x, 0.3, chunk=999), atol=1e-12)
     assert torch.allclose(fisher_diag(f, x, 0.3, chunk=chunk), fisher_diag(f, x, 0.3, chunk=999), rtol=1e-12)
     a, b = (fisher_trace_mc(f, x, 0.3, 11, chunk=c, generator=rng(0)) for c in (chunk, 999))
     assert torch.allclose(a[0], b[0], rtol=1e-12) and torch.allclose(a[1], b[1], rtol=1e-9)
@@ -137,8 +150,10 @@ def test_van_trees_is_below_the_exact_minimal_mse(d, m, seed, std):
     posterior = torch.linalg.inv(W.T @ W / std ** 2 + torch.diag(1 / p.var))
     exact = posterior.trace().item() / d
     info = fisher_diag(linear(W), p.sample(3, rng(0)), std)
-    pixels, trace = van_trees_bound(info, p), van_trees_bound(info.sum(1), p)
+    whole = fisher_matrix(linear(W), p.sample(3, rng(0)), std)
+    matrix, pixels, trace = (van_trees_bound(form, p).mse for form in (whole, info, info.sum(1)))
     assert 0 < trace <= pixels * (1 + 1e-9) and pixels <= exact * (1 + 1e-9)
+    assert matrix == pytest.approx(exact, rel=1e-8)  # attained: the posterior covariance is M^-1
     assert trace == pytest.approx(d / (W.square().sum().item() / std ** 2 + (1 / p.var).sum().item()))
 
 
@@ -149,7 +164,8 @@ def test_equality_when_everything_is_isotropic(d, a, v, std, seed):
     W = a * torch.linalg.qr(torch.randn(d, d, generator=rng(seed), dtype=torch.float64))[0]
     p = prior(torch.full((d,), v, dtype=torch.float64))
     info, exact = fisher_diag(linear(W), p.mean[None], std), v * std ** 2 / (a ** 2 * v + std ** 2)
-    assert van_trees_bound(info, p) == pytest.approx(exact) and van_trees_bound(info.sum(1), p) == pytest.approx(exact)
+    for form in (info, info.sum(1), fisher_matrix(linear(W), p.mean[None], std)):
+        assert van_trees_bound(form, p).mse == pytest.approx(exact)
 
 
 def test_pixel_form_is_exact_for_a_diagonal_encoder_and_survives_a_dead_pixel():
@@ -157,8 +173,9 @@ def test_pixel_form_is_exact_for_a_diagonal_encoder_and_survives_a_dead_pixel():
     W = torch.diag(torch.tensor([1., 3., 2.], dtype=torch.float64))
     info = fisher_diag(linear(W), p.mean[None], 0.5)
     exact = np.mean([1 / (4 + 1), 1 / (36 + 2), 1e-12])
-    assert van_trees_bound(info, p) == pytest.approx(exact)
-    assert van_trees_bound(info.sum(1), p) < 1e-10  # the trace form does not survive it
+    assert van_trees_bound(info, p).mse == pytest.approx(exact)
+    assert van_trees_bound(fisher_matrix(linear(W), p.mean[None], 0.5), p).mse == pytest.approx(exact)
+    assert van_trees_bound(info.sum(1), p).mse < 1e-10  # the trace form does not survive it
 
 
 def test_no_attack_beats_van_trees_on_images_of_the_prior():
@@ -172,15 +189,67 @@ def test_no_attack_beats_van_trees_on_images_of_the_prior():
         z = z + std * torch.randn(z.shape, generator=rng(2), dtype=torch.float64)
         weight = (-torch.cdist(z, z_atoms).square() / (2 * std ** 2)).softmax(1)
         errors = (weight @ atoms - x).square().mean(1)
-        bound = van_trees_bound(fisher_diag(net, x, std), p)
-        assert 0.05 * errors.mean() < bound < errors.mean() + 3 * errors.std() / 2000 ** 0.5
+        bound = van_trees_bound(fisher_matrix(net, x, std), p)
+        assert bound.mse >= van_trees_bound(fisher_diag(net, x, std), p).mse > 0.05 * errors.mean()
+        assert bound.mse < errors.mean() + 3 * (errors.std() / 2000 ** 0.5 + bound.se)
 
 
 def test_van_trees_limits():
     p = prior(torch.tensor([.5, .2], dtype=torch.float64))
-    assert van_trees_bound(torch.zeros(3, 2), p) == pytest.approx(0.35)  # no information: the variance
-    assert van_trees_bound(torch.zeros(3), p) == pytest.approx(2 / 7)  # its harmonic mean
-    assert van_trees_bound(torch.full((3, 2), 1e12), p) == pytest.approx(1e-12)
+    assert van_trees_bound(torch.zeros(3, 2), p) == (pytest.approx(0.35), 0, 0)  # no information: the variance
+    assert van_trees_bound(torch.zeros(3, 2, 2), p) == (pytest.approx(0.35), 0, 0)
+    assert van_trees_bound(torch.zeros(3), p) == (pytest.approx(2 / 7), 0, 0)  # its harmonic mean
+    assert van_trees_bound(torch.full((3, 2), 1e12), p).mse == pytest.approx(1e-12)
+    assert van_trees_bound(1e12 * torch.eye(2).expand(3, 2, 2), p).mse == pytest.approx(1e-12)
+    for one in (torch.ones(1), torch.ones(1, 2), torch.eye(2)[None]):  # one image has no spread
+        assert math.isnan(van_trees_bound(one, p).se) and math.isnan(van_trees_bound(one, p).bias)
+
+
+def forms_of(whole):
+    "Matrices [B, d, d], their diagonals [B, d], their traces [B]."
+    diag = whole.diagonal(dim1=1, dim2=2)
+    return {'matrix': whole, 'pixels': diag, 'trace': diag.sum(1)}
+
+
+def random_information(n, seed, d=3):
+    "Matrices of rank 1 to d whose size varies a lot from image to image."
+    J = torch.randn(n, 2, d, generator=rng(seed), dtype=torch.float64)
+    return J.mT @ J * torch.randn(n, 1, 1, generator=rng(seed + 1), dtype=torch.float64).exp()
+
+
+@pytest.mark.parametrize('form', ['matrix', 'pixels', 'trace'])
+def test_standard_error_against_dense_algebra_and_replicates(form):
+    p = prior(torch.tensor([1., .3, .1], dtype=torch.float64))
+    J = np.diag(1 / p.var.numpy())
+    dense = {'matrix': lambda m: np.trace(np.linalg.inv(m + J)) / 3, 'pixels': lambda m: np.mean(1 / np.diag(m + J)),
+             'trace': lambda m: 3 / np.trace(m + J)}[form]
+    whole = random_information(200, 0)
+    got = van_trees_bound(forms_of(whole)[form], p)
+    assert got.mse == pytest.approx(dense(whole.mean(0).numpy()), rel=1e-10)
+    # the jackknife, an independent estimate of both, from the dense form with one image left out
+    out = np.array([dense((whole.sum(0) - one).numpy() / 199) for one in whole])
+    assert got.se == pytest.approx(np.sqrt(199 / 200 * ((out - out.mean()) ** 2).sum()), rel=0.15)
+    assert got.bias == pytest.approx(199 * (out.mean() - got.mse), rel=0.15) and got.bias > 0
+    # many samples of 100 images: their spread is the standard error, their mean too high by the bias
+    many = np.array([van_trees_bound(forms_of(random_information(100, 10 + 2 * i))[form], p) for i in range(300)])
+    truth = van_trees_bound(forms_of(random_information(100_000, 9001))[form], p)
+    assert np.median(many[:, 1]) == pytest.approx(many[:, 0].std(), rel=0.2)
+    excess, error = many[:, 0].mean() - truth.mse, many[:, 0].std() / 300 ** 0.5 + truth.se
+    assert excess > 0 and abs(excess - many[:, 2].mean()) < 3 * error + 0.3 * excess
+
+
+def test_standard_error_sees_the_probes_of_hutchinson():
+    f, p = conv_net(), prior(torch.full((2, 6, 6), 0.05, dtype=torch.float64), 0.5)
+    x = p.sample(100, rng(0))
+    exact = van_trees_bound(fisher_diag(f, x, 0.3).flatten(1).sum(1), p)
+    rough = van_trees_bound(fisher_trace_mc(f, x, 0.3, 2, generator=rng(1))[0], p)
+    assert rough.se > exact.se > 0 and abs(rough.mse - exact.mse) < 4 * rough.se
+
+
+def test_matrix_form_with_one_pixel_is_the_pixel_form():
+    for shape in [(1,), (1, 1)]:  # a [B, 1, 1] diagonal is a matrix, too
+        p = GaussianPrior(torch.zeros(shape), torch.full(shape, 0.5))
+        assert van_trees_bound(torch.ones(4, 1, 1), p).mse == pytest.approx(1 / 3)
 
 
 # the prior
@@ -227,6 +296,16 @@ P = GaussianPrior(torch.zeros(3), torch.ones(3))
     (lambda: van_trees_bound(torch.ones(0), P), 'shape'),
     (lambda: van_trees_bound(torch.tensor(1.), P), 'shape'),
     (lambda: van_trees_bound(-torch.ones(2, 3), P), '>= 0'),
+    (lambda: van_trees_bound(-torch.eye(3)[None], P), '>= 0'),
+    (lambda: van_trees_bound(torch.tensor([[[0., 1, 0], [1, 0, 0], [0, 0, 0]]]), P), '>= 0'),  # eigenvalue -1
+    (lambda: van_trees_bound(torch.ones(2, 3, 3).triu(), P), 'symmetric'),
+    (lambda: van_trees_bound(torch.full((2, 3, 3), math.nan), P), 'finite'),
+    (lambda: van_trees_bound(torch.ones(2, 3, 4), P), 'shape'),
+    (lambda: fisher_matrix(conv_net(), X, 0.), 'infinite'),
+    (lambda: fisher_matrix(conv_net(), X * math.inf, 1.), 'NaN or inf'),
+    (lambda: fisher_matrix(conv_net().train(), X, 1.), 'eval'),
+    (lambda: fisher_matrix(conv_net(), X, 1., chunk=0), 'chunk'),
+    (lambda: fisher_matrix(lambda x: (x * 0).sqrt(), X, 1.), 'derivative is NaN or inf'),
     (lambda: GaussianPrior(torch.zeros(2), torch.tensor([1., 0.])), 'floor'),
     (lambda: GaussianPrior(torch.zeros(2), torch.ones(3)), 'shape'),
     (lambda: GaussianPrior.fit(torch.zeros(1, 2), 0.1), '2 or more'),
