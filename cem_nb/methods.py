@@ -20,7 +20,7 @@ HYPERPARAMETERS: dict[str, dict[str, float]] = {
     'No_defense': {}, 'Bottleneck': {},
     'DistCorr': dict(alpha=0.1),
     'Dropout': dict(p=0.2),
-    'PATROL': dict(alpha=0.3, t=0.3, lipschitz=0.0),
+    'PATROL': dict(alpha=0.1, t=0.3, lipschitz=0.0),
     'ResSFL': dict(alpha=0.3, t=0.3),
     'Noise_Nopeek': dict(alpha=0.1, noise_factor=4.0),
     'Noise_ARL': dict(alpha=0.3, t=0.3, noise_factor=4.0),
