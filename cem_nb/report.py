@@ -330,7 +330,7 @@ def plot_gains(
     shape = dict(zip(ATTACK_NAMES, 'os^'))
     n, height = len(attacks) + 2, 0.42*len(methods) + 1.2
     fig, axes = plt.subplots(len(keys), n, figsize=(3.1*n, height*len(keys) + 0.5), sharey=True, squeeze=False)
-    for ax in axes.flat: ax.locator_params(axis='x', nbins=5)
+    for ax in axes.flat: ax.locator_params(axis='x', nbins=4)  # of up to six digits
 
     def dots(ax, rows, column, shift, **style):
         mean = rows.groupby('method')[column].mean().reindex(methods)
