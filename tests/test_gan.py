@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import cem_nb.gan as gan
-from cem_nb.attacks import AttackDivergedError, cosine, score_attack, train_decoder
+from cem_nb.attack import AttackDivergedError, cosine, score_attack, train_decoder
 from cem_nb.data import Split, batches, load_data
 from cem_nb.gan import Critic, gradient_penalty, train_gan
 from cem_nb.loop import epochs, stage_seed

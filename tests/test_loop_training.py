@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 import cem_nb.training as training
-from cem_nb.attacks import score_attack, score_oracle, train_decoder
+from cem_nb.attack import score_attack, score_oracle, train_decoder
 from cem_nb.data import ImageData, Split, load_data, to_float
 from cem_nb.loop import epochs, stage_seed
 from cem_nb.training import CEMConfig, DivergedError, TrainConfig, accuracy, build, lr_at, ramp_at, train
@@ -49,7 +49,7 @@ def test_resumed_training_is_the_uninterrupted_one(config, digits, tmp_path, mon
 
 
 def test_resumed_attack_is_the_uninterrupted_one(digits, tmp_path, monkeypatch):
-    import cem_nb.attacks as attacks
+    import cem_nb.attack as attacks
     model = build(TrainConfig(**TINY), digits)[1]
     fit = lambda **k: train_decoder(model, digits.train, width=8, blocks=0, n_epochs=3, batch_size=64, **k)
     whole, curves = fit()

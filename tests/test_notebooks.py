@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TABLES = {p.stem: int(m[1]) for p in NOTEBOOKS if (m := re.search(r'_table([1-8])$', p.stem))}
 TABLE1 = ROOT/'nbs'/'04_table1.ipynb'
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = sorted(p.stem for p in (ROOT/'cem_nb').glob('*.py') if not p.stem.startswith('_'))
 pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason='needs a checkout')
 
@@ -121,7 +121,7 @@ def test_the_wheel_carries_the_papers_numbers(tmp_path):
     pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
     subprocess.run([*pip, 'install', '--no-deps', '--no-build-isolation', '--prefix', tmp_path/'env', tmp_path/'src'], check=True)
     site = next((tmp_path/'env').glob('lib/python*/site-packages'))
-    code = ('import cem_nb.report as r\n'
+    code = ('import cem_nb.stats as r\n'
             f'assert r.__file__.startswith({str(tmp_path)!r}), r.__file__\n'
             'assert r.paper_numbers(1).loc[("Bottleneck", False), "accuracy"] == 90.87')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
