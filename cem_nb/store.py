@@ -41,7 +41,7 @@ class DataConfig(Config):
     val_frac: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     image_size: int | None = None
 
-
+# %% ../nbs/5_run/02_store.ipynb #6f8d5acd
 class DecoderConfig(Config):
     "A decoder attack; see `train_decoder`. The defaults are the paper's (Section 9)."
     name: Literal['decoder'] = 'decoder'
@@ -53,7 +53,7 @@ class DecoderConfig(Config):
     lr: Positive = 0.005
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
 
-
+# %% ../nbs/5_run/02_store.ipynb #9cd80029
 class GANConfig(DecoderConfig):
     "A GAN attack; see `train_gan`. Critic steps, its width and the weight of the MSE are ours (Section 9 leaves them open)."
     name: Literal['gan'] = 'gan'
@@ -63,14 +63,14 @@ class GANConfig(DecoderConfig):
     mse_weight: Annotated[float, Field(ge=0)] = 1500.0
     penalty: Annotated[float, Field(ge=0)] = 10.0
 
-
+# %% ../nbs/5_run/02_store.ipynb #f7b31f01
 class OracleConfig(Config):
     "An oracle attack; see `score_oracle`."
     name: Literal['oracle'] = 'oracle'
     n_images: Annotated[int, Field(ge=2)] = 500
     draws: Annotated[int, Field(ge=2)] = 2
 
-
+# %% ../nbs/5_run/02_store.ipynb #bd8d96dd
 AttackConfig = DecoderConfig | GANConfig | OracleConfig
 ATTACKS = {'decoder': DecoderConfig, 'gan': GANConfig, 'oracle': OracleConfig}
 
@@ -91,21 +91,21 @@ PAPER_BATCH = {'tinyimagenet': 256, 'facescrub': 256}  # the authors' release; 1
 # %% ../nbs/5_run/02_store.ipynb #7f35068f
 SCHEMA = 2  # raised when the same configuration would give other numbers than before
 
-
+# %% ../nbs/5_run/02_store.ipynb #b7ecb991
 class RunError(RuntimeError):
     "A run that could not be started or stored; the message says what to do."
 
-
+# %% ../nbs/5_run/02_store.ipynb #40d8460c
 def _key(*parts) -> str: return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()[:12]
 
-
+# %% ../nbs/5_run/02_store.ipynb #7f448f8d
 def _cpu_name() -> str:
     info = Path('/proc/cpuinfo')
     names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')
              ] if info.is_file() else []
     return names[0] if names else platform.processor() or platform.machine()
 
-
+# %% ../nbs/5_run/02_store.ipynb #61408fef
 def provenance(device: torch.device) -> dict:
     "Hardware, versions and date, as they are kept with every result."
     if device.type == 'cuda': hardware = torch.cuda.get_device_name(device)
@@ -115,7 +115,7 @@ def provenance(device: torch.device) -> dict:
     return dict(hardware=hardware, python=platform.python_version(), torch=torch.__version__,
                 cem_nb=__version__, date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
 
-
+# %% ../nbs/5_run/02_store.ipynb #1f8ee5da
 @contextmanager
 def _landing(final: Path):
     "A folder to write in; renamed to `final` at the end. Kept as it is if the run is interrupted."
@@ -135,13 +135,13 @@ def _landing(final: Path):
         raise RunError(f'results cannot be written to {part} ({e}); free some space or set CEM_RUNS to another folder, '
                        'then start again: what is finished is kept') from None
 
-
+# %% ../nbs/5_run/02_store.ipynb #4db5460d
 def _write(folder: Path, tensors: dict[str, Tensor], **records):
     try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder/'weights.safetensors')
     except SafetensorError as e: raise OSError(str(e)) from e  # its word for a full disk
     for name, record in records.items(): (folder/f'{name}.json').write_text(json.dumps(record, indent=1))
 
-
+# %% ../nbs/5_run/02_store.ipynb #c6cb152d
 def _read(folder: Path, name: str) -> dict:
     path = folder/f'{name}.json'
     try: return json.loads(path.read_text())
@@ -159,13 +159,13 @@ def pick_device(name: str = 'auto') -> torch.device:
     if device.type not in ('cpu', 'cuda'): raise RunError(f'device {name!r} is not supported; choose cpu or cuda')
     return torch.device('cuda', device.index or 0) if device.type == 'cuda' else device
 
-
+# %% ../nbs/5_run/02_store.ipynb #5f632d83
 @lru_cache(maxsize=2)
 def _data_on(config: DataConfig, device: torch.device) -> tuple[ImageData, str]:
     data = load_data(**config.model_dump())
     return data.to(device), data.fingerprint
 
-
+# %% ../nbs/5_run/02_store.ipynb #07d8e933
 @dataclass(frozen=True)
 class Run:
     "A finished run in the store."
@@ -204,7 +204,7 @@ class Run:
             torch.manual_seed(stage_seed(self.config.seed, 'examples'))
             return x, reconstruct(self.model(), self.attacker(attack), x)
 
-
+# %% ../nbs/5_run/02_store.ipynb #27664024
 def _restore(module, folder: Path, device):
     path = folder/'weights.safetensors'
     try: module.load_state_dict(load_file(path, device=str(device)))
@@ -212,7 +212,7 @@ def _restore(module, folder: Path, device):
         raise RunError(f'{path} cannot be read ({e}); remove {folder} and start again') from None
     return module.eval()
 
-
+# %% ../nbs/5_run/02_store.ipynb #dfc634f4
 def _train(c: TrainConfig, d: DataConfig, data: ImageData, fingerprint: str, path: Path):
     device = data.train.x.device
     with _landing(path) as part:
@@ -225,7 +225,7 @@ def _train(c: TrainConfig, d: DataConfig, data: ImageData, fingerprint: str, pat
                            feature=feature_shape(model, data.shape), encoder_params=n_params(model.encoder),
                            params=n_params(model), **provenance(device)))
 
-
+# %% ../nbs/5_run/02_store.ipynb #06c61405
 def _strongest(c: TrainConfig, a: DecoderConfig, data: ImageData, model: SplitModel, part: Path):
     """The attacker with the lowest MSE of all its restarts, or None, and what is to be kept of them.
 
@@ -250,7 +250,7 @@ def _strongest(c: TrainConfig, a: DecoderConfig, data: ImageData, model: SplitMo
         if best is None or mse < best[0]: best, record['curves'] = (mse, attacker), curves
     return best and best[1], record
 
-
+# %% ../nbs/5_run/02_store.ipynb #4eeac27f
 def _attack(c: TrainConfig, a: AttackConfig, data: ImageData, model: SplitModel, path: Path):
     device = data.train.x.device
     with _landing(path) as part:
@@ -266,7 +266,7 @@ def _attack(c: TrainConfig, a: AttackConfig, data: ImageData, model: SplitModel,
                result=dict(scores=scores, **record, seconds=time.perf_counter() - start, resumed=resumed,
                            **provenance(device)))
 
-
+# %% ../nbs/5_run/02_store.ipynb #1ad589aa
 def run(
     train_config: TrainConfig,
     data_config: DataConfig,
@@ -295,13 +295,13 @@ def as_names(v) -> tuple:
     if isinstance(v, str): v = [s.strip(" '\"") for s in v.strip('[]() ').split(',') if s.strip()]
     return tuple(dict.fromkeys(v if isinstance(v, (list, tuple)) else [v]))
 
-
+# %% ../nbs/5_run/02_store.ipynb #9cfbf702
 def _as_methods(v) -> tuple: return tuple(DEFENSES) if v == 'all' else as_names(v)
 
-
+# %% ../nbs/5_run/02_store.ipynb #315bd842
 def _as_seeds(v) -> tuple: return tuple(int(s) if isinstance(s, str) and s.isdigit() else s for s in as_names(v))
 
-
+# %% ../nbs/5_run/02_store.ipynb #6ddcec1d
 class TableConfig(Config):
     "What a reader can ask of a table's notebook."
     lam: Annotated[float, Field(ge=0)] = 16.0
@@ -340,10 +340,10 @@ class TableConfig(Config):
                 tuple(ATTACKS[a](**preset.get(a, {}), **(dict(restarts=self.restarts) if a != 'oracle' else {}))
                       for a in self.attacks))
 
-
+# %% ../nbs/5_run/02_store.ipynb #0d16b017
 _PART = {'train': 'train', 'val': 'val', 'test': 'infer'}  # the paper calls the attack on test images "Infer"
 
-
+# %% ../nbs/5_run/02_store.ipynb #8215cb53
 def scores_of(run: Run) -> dict[str, object]:
     "What a table keeps of a run: accuracies in %, scores of the attacks, seconds, provenance."
     r = run.result
@@ -354,7 +354,7 @@ def scores_of(run: Run) -> dict[str, object]:
         row[f'seconds_{name}'] = round(a['seconds'], 1)
     return row | dict(run=run.path.name, **{k: r[k] for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')})
 
-
+# %% ../nbs/5_run/02_store.ipynb #06cdd273
 def run_table(config: TableConfig) -> tuple[pd.DataFrame, dict[tuple[str, bool], Run]]:
     """Every run of a table, from the store or computed now, with one printed line each.
 

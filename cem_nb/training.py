@@ -27,10 +27,10 @@ class Config(BaseModel):
     "A frozen record that refuses unknown fields, wrong types and values out of range."
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
 
-
+# %% ../nbs/5_run/01_training.ipynb #bd0a1b4a
 Positive, Share = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, lt=1)]
 
-
+# %% ../nbs/5_run/01_training.ipynb #ae629422
 class CEMConfig(Config):
     "Settings of the regulariser; see `CEM`."
     lam: Positive = 16.0
@@ -40,7 +40,7 @@ class CEMConfig(Config):
     covariance: Literal['diag', 'full'] = 'diag'
     bound: Literal['paper', 'pairwise'] = 'paper'
 
-
+# %% ../nbs/5_run/01_training.ipynb #9f00eec9
 class TrainConfig(Config):
     "Model, defence and optimiser of one run. The defaults are the paper's for CIFAR-10 (Section 5.1)."
     arch: Literal[tuple(ARCHS)] = 'vgg11'
@@ -74,7 +74,7 @@ def lr_at(config: TrainConfig, epoch: int) -> float:
     "Learning rate of an epoch, counted from 0."
     return config.lr*config.gamma**sum(epoch >= round(d*config.epochs) for d in config.drops)
 
-
+# %% ../nbs/5_run/01_training.ipynb #2df0dc15
 def ramp_at(config: TrainConfig, epoch: int) -> float:  # in [0, 1]
     "Factor on the weight of the conditional entropy loss in an epoch: 0 in the first; then 1, or the release's ramp."
     if config.cem is None or epoch == 0: return 0.0
@@ -85,7 +85,7 @@ def ramp_at(config: TrainConfig, epoch: int) -> float:  # in [0, 1]
 class DivergedError(RuntimeError):
     "Training left the finite numbers."
 
-
+# %% ../nbs/5_run/01_training.ipynb #31c7aed9
 @torch.no_grad()
 def accuracy(
     model: SplitModel,
@@ -103,7 +103,7 @@ def accuracy(
         for x, y in batches(images, batch_size): right += (model(x).argmax(1) == y).sum()
     return right.item()/len(images)
 
-
+# %% ../nbs/5_run/01_training.ipynb #ddda6935
 @contextmanager
 def _diverging(model, config, epoch):
     "The mixture refuses features that are not finite; if the network is to blame, that is divergence."
@@ -112,7 +112,7 @@ def _diverging(model, config, epoch):
         if all(t.isfinite().all() for t in model.state_dict().values()): raise
         raise DivergedError(f'{config.method}: {e} (epoch {epoch + 1}); lower lr or lam') from e
 
-
+# %% ../nbs/5_run/01_training.ipynb #4a9da684
 def build(config: TrainConfig, data: ImageData):
     "The defence and the model of a run, with its initial weights: they depend on the seed and the architecture alone."
     device, (channels, side, _) = data.train.x.device, data.shape
@@ -123,7 +123,7 @@ def build(config: TrainConfig, data: ImageData):
                               cut=config.cut, noise_std=config.noise_std)
     return defense.to(device), model.to(device, memory_format=torch.channels_last)
 
-
+# %% ../nbs/5_run/01_training.ipynb #3ab91bd6
 def train(
     config: TrainConfig,
     data: ImageData,                 # on the training device; its test images are not looked at
