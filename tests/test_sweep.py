@@ -111,3 +111,9 @@ def test_a_killed_process_loses_no_finished_run_and_ends_with_the_same_table(tmp
     a, b = (pd.read_json(tmp_path/s/'out.json').drop(columns=TIMES) for s in ('whole', 'killed'))
     pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert not list(runs.glob('*.part'))
+
+
+def test_where_something_is_chosen_no_test_score_is_shown(capsys):
+    frame = sweep(TINY, test=False)
+    assert not [c for c in frame if 'test' in c] and frame.mse_val_decoder.notna().all()
+    assert 'val accuracy' in capsys.readouterr().out
