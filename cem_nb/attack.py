@@ -18,7 +18,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from .data import Split, batches, to_float
 from .loop import epochs, stage_seed
 from .models import Decoder, SplitModel, feature_shape
-from .theorem1 import oracle_mse
+from .posterior import oracle_mse
 
 # %% ../nbs/4_attack/01_attack.ipynb #9fe9b3bf
 def cosine(start: float, end: float, t: float) -> float:  # t in [0, 1]
