@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .data import ImageData, Split, batches
 from .loop import epochs, stage_seed
-from .methods import DEFENSES, HYPERPARAMETERS, make_defense
+from .methods import DEFENSES, make_defense
 from .models import ARCHS, SplitModel
 from .cem import CEM, SCALES
 
@@ -48,7 +48,7 @@ class TrainConfig(Config):
     cut: Annotated[int, Field(ge=1)] | None = None
     noise_std: Annotated[float, Field(ge=0)] = 0.025
     defense: Literal[tuple(DEFENSES)] = 'Bottleneck'
-    params: dict[str, float] = {}            # settings of the defence; `HYPERPARAMETERS` fills in the others
+    params: dict[str, float] = {}            # settings of the defence; `DEFENSES` fills in the others
     cem: CEMConfig | None = None
     epochs: Annotated[int, Field(ge=1)] = 240
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -62,7 +62,7 @@ class TrainConfig(Config):
     def model_post_init(self, _):
         if self.cem and not self.noise_std: raise ValueError('CEM needs noise; give a noise_std > 0')
         make_defense(self.defense, self.params)  # raises for a setting that the defence does not have
-        object.__setattr__(self, 'params', HYPERPARAMETERS[self.defense] | self.params)
+        object.__setattr__(self, 'params', DEFENSES[self.defense].settings | self.params)
 
     @property
     def method(self) -> str:
