@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'register', 'number', 'whole', 'one_of', 'finite_tensor',
-           'finite_array', 'cholesky', 'stage_seed', 'seeded']
+           'finite_array', 'cholesky', 'full_precision', 'stage_seed', 'seeded']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
 import hashlib, inspect, math, os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,6 +182,23 @@ def cholesky(
     which = f'{name} {info.flatten().nonzero()[0, 0]}' if s.ndim > 2 else name
     raise ValueError(f'{which} is not positive definite, so its entropy is -inf: add noise, raise reg_covar, or drop the '
                      'directions without variance')
+
+# %% ../nbs/1_base/01_core.ipynb #39ac7756
+def full_precision(
+    function: Callable,  # of floating point tensors alone
+) -> Callable:
+    "`function` outside autocast and in float32 or float64; `TypeError` for tensors of whole numbers."
+    def widen(x):
+        if not x.is_floating_point(): raise TypeError(f'got {x.dtype}; give floating point (images as numbers in [0, 1], not bytes)')
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+    @wraps(function)
+    def exact(*tensors):
+        tensors = [widen(x) for x in tensors]
+        kind = tensors[0].device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return function(*tensors)
+    return exact
 
 # %% ../nbs/1_base/01_core.ipynb #8a4eb75f
 def stage_seed(

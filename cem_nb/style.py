@@ -17,6 +17,8 @@ COLORS = {
     'decoder': '#E69F00', 'gan': '#CC79A7', 'oracle': '#009E73', 'exact': 'black',
     # bounds
     'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7', 'fisher': '#009E73',
+    # of images and features, or of their shuffled pairs
+    'dependence': '#0072B2', 'independence': '#E69F00',
     # variants of the CEM loss
     'balanced': '#0072B2', 'mean': '#E69F00', 'sum': '#CC79A7', 'full': '#009E73', 'release': '#D55E00',
     # links of Theorem 1's proof, the encoders and the entropy of the worlds on which it is checked
