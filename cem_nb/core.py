@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'register', 'number', 'whole', 'one_of', 'finite_tensor',
-           'finite_array', 'cholesky', 'stage_seed', 'seeded']
+           'finite_array', 'cholesky', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
-import hashlib, inspect, math, os
+import hashlib, inspect, math, os, platform
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,8 @@ import torch
 from numpy.typing import ArrayLike
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from torch import Tensor
+
+from . import __version__
 
 # %% ../nbs/1_base/01_core.ipynb #7caaf509
 def project_dir() -> Path:
@@ -201,3 +204,20 @@ def seeded(
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         torch.manual_seed(stage_seed(seed, *stage))
         yield
+
+# %% ../nbs/1_base/01_core.ipynb #ab9eac38
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')
+             ] if info.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def provenance(device: torch.device) -> dict:
+    "Hardware, versions and date, as they are kept with every result."
+    if device.type == 'cuda': hardware = torch.cuda.get_device_name(device)
+    else:
+        n = torch.get_num_threads()
+        hardware = f'{n} CPU thread{"s"*(n > 1)}, {_cpu_name()}'
+    return dict(hardware=hardware, python=platform.python_version(), torch=torch.__version__,
+                cem_nb=__version__, date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
