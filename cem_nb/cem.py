@@ -192,6 +192,7 @@ class CEM(EpochMixture):
     For logs, `l_c` is the last batch's loss without its weight and `weight` the factor on it; neither has a gradient.
     In eval mode, without gradients, or for a feature that needs none, nothing is learnt and nothing measured.
     Source: Xia et al. 2025, Algorithm 1, Eq. 5-8."""
+    ramped = False
     per_class = 3  # components, Section 5.1
 
     def __init__(
@@ -199,6 +200,7 @@ class CEM(EpochMixture):
         *,
         noise_std: Positive,                # standard deviation of the noise on the feature
         n_classes: Count,
+        n_epochs: Count = 1,
         lam: NonNegative = 16.0,            # strength, Eq. 8; in per cent of the other losses' pull for 'balanced'
         n_components: Count | None = None,  # of the mixture; None: the variant's own number a class
         scale: Scale = 'balanced',          # of the loss: 'balanced', 'mean' or 'sum', see the table above

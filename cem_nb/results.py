@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_label', 'stem', 'save', 'read_result', 'provenance_line', 'committed', 'table_result']
 
-# %% ../nbs/5_run/06_results.ipynb #4eca5e42
+# %% ../nbs/5_run/06_results.ipynb #6e0f1f1a
 import os
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .parameters import TableParameters, changed, table_base, table_rows
 from .store import RunError
 from .sweep import sweep
 
-# %% ../nbs/5_run/06_results.ipynb #733ba65b
+# %% ../nbs/5_run/06_results.ipynb #7a23e997
 def data_label(dataset: str) -> str:
     "The data set as it stands in a file's name."
     return f'folder-{Path(dataset.removeprefix("folder:")).name}' if dataset.startswith('folder:') else dataset
@@ -32,7 +32,7 @@ def stem(
     others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device')).items()]
     return '_'.join([name, data_label(p.dataset), p.preset, *others])
 
-# %% ../nbs/5_run/06_results.ipynb #30df07ab
+# %% ../nbs/5_run/06_results.ipynb #131cbe3a
 def save(
     name: str,                # of the notebook, such as table1
     p: Record,                # its parameters
@@ -46,7 +46,7 @@ def save(
     for path, write in writers.items(): _write_whole(path, write)
     return list(writers)
 
-# %% ../nbs/5_run/06_results.ipynb #62a52645
+# %% ../nbs/5_run/06_results.ipynb #ef77891c
 def _write_whole(path: Path, write):
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
@@ -58,7 +58,7 @@ def _write_whole(path: Path, write):
         raise RunError(f'{path} cannot be written ({e}); free some space or set CEM_RESULTS to another folder; the runs '
                        'themselves are kept') from None
 
-# %% ../nbs/5_run/06_results.ipynb #4279fc19
+# %% ../nbs/5_run/06_results.ipynb #be558683
 def read_result(path: Path) -> pd.DataFrame:
     "A CSV of `save`."
     return pd.read_csv(path, keep_default_na=True)
@@ -83,7 +83,7 @@ def committed(
     print(f'figures/{path.name}: {provenance_line(frame)}')
     return frame
 
-# %% ../nbs/5_run/06_results.ipynb #08d55c5d
+# %% ../nbs/5_run/06_results.ipynb #c6f3093b
 def table_result(
     name: str,                # of the notebook, such as table2
     p: TableParameters,

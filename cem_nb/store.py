@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'RunError', 'run_path', 'attack_path', 'write_then_rename', 'pick_device', 'data_on', 'Run', 'open_run',
            'run']
 
-# %% ../nbs/5_run/03_store.ipynb #bad43c9d
+# %% ../nbs/5_run/03_store.ipynb #385991d8
 import hashlib, json, os, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ from .experiment import DataSettings, Experiment
 from .models import SplitModel, feature_shape, n_params
 from .training import accuracy, build, train
 
-# %% ../nbs/5_run/03_store.ipynb #fc4ceb9a
+# %% ../nbs/5_run/03_store.ipynb #e92fa56f
 SCHEMA = 3  # raised when the same settings would give other numbers than before
 
 
 class RunError(RuntimeError):
     "A run that could not be started or stored; the message says what to do."
 
-# %% ../nbs/5_run/03_store.ipynb #a8426989
+# %% ../nbs/5_run/03_store.ipynb #da4cfe3e
 def _key(*parts) -> str: return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -45,7 +45,7 @@ def run_path(experiment: Experiment, fingerprint: str) -> Path:
 
 def attack_path(run: Path, attack: Attack) -> Path: return run/f'{attack.name}-{_key(attack.record())}'
 
-# %% ../nbs/5_run/03_store.ipynb #e4da7e4a
+# %% ../nbs/5_run/03_store.ipynb #4acfcee6
 @contextmanager
 def write_then_rename(final: Path):
     "A folder to write in; renamed to `final` at the end. Kept as it is if the run is interrupted. Raises `RunError`."
@@ -65,7 +65,7 @@ def write_then_rename(final: Path):
         raise RunError(f'results cannot be written to {part} ({e}); free some space or set CEM_RUNS to another folder, '
                        'then start again: what is finished is kept') from None
 
-# %% ../nbs/5_run/03_store.ipynb #8d41753a
+# %% ../nbs/5_run/03_store.ipynb #3d9c80e8
 def _write(folder: Path, tensors: dict[str, Tensor], **records: dict):
     try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder/'weights.safetensors')
     except SafetensorError as e: raise OSError(str(e)) from e  # its word for a full disk
@@ -86,7 +86,7 @@ def _restore(module: nn.Module, folder: Path, device) -> nn.Module:
         raise RunError(f'{path} cannot be read ({e}); remove {folder} and start again') from None
     return module.eval()
 
-# %% ../nbs/5_run/03_store.ipynb #9938aac5
+# %% ../nbs/5_run/03_store.ipynb #54a92620
 def pick_device(name: str = 'auto') -> torch.device:
     "`auto` is a CUDA device if there is one. Raises `RunError` for a device that is not there."
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -97,14 +97,14 @@ def pick_device(name: str = 'auto') -> torch.device:
     if device.type not in ('cpu', 'cuda'): raise RunError(f'device {name!r} is not supported; choose cpu or cuda')
     return torch.device('cuda', device.index or 0) if device.type == 'cuda' else device
 
-# %% ../nbs/5_run/03_store.ipynb #ec7916d0
+# %% ../nbs/5_run/03_store.ipynb #58a1427e
 @lru_cache(maxsize=2)
 def data_on(settings: DataSettings, device: torch.device) -> tuple[ImageData, str]:
     "The images on `device`, and their fingerprint. Raises `DataError`."
     data = load_data(**dict(settings))
     return data.to(device), data.fingerprint
 
-# %% ../nbs/5_run/03_store.ipynb #e0522c47
+# %% ../nbs/5_run/03_store.ipynb #198f0c40
 @dataclass(frozen=True)
 class Run:
     "A finished run in the store, and a handle to its model and attackers."
@@ -146,7 +146,7 @@ class Run:
         with seeded(self.experiment.seed, 'examples'): z = model.smash(x)
         with torch.no_grad(): return x, {name: attacker(z) for name, attacker in found.items()}
 
-# %% ../nbs/5_run/03_store.ipynb #ca7179f5
+# %% ../nbs/5_run/03_store.ipynb #410ef73e
 def open_run(
     name: str,  # of its folder, as in the column `run` of a sweep
 ) -> Run:
@@ -157,7 +157,7 @@ def open_run(
     record = _read(path, 'config')['experiment'] | dict(attacks=attacks)
     return Run(path, Experiment.model_validate_json(json.dumps(record)))
 
-# %% ../nbs/5_run/03_store.ipynb #189bc9a7
+# %% ../nbs/5_run/03_store.ipynb #77959ffb
 def _scores(data: ImageData, score) -> dict: return {k: score(s) for k in ('train', 'val', 'test') if len(s := getattr(data, k))}
 
 
@@ -166,25 +166,25 @@ def _train_into(path: Path, e: Experiment, data: ImageData, fingerprint: str):
         start, resumed = time.perf_counter(), (part/'checkpoint.pt').is_file()
         model, curves = train(e, data, checkpoint=part/'checkpoint.pt', label=f'{e.row}, seed {e.seed}: train')
         result = dict(accuracy=_scores(data, lambda s: accuracy(model, s, seed=e.seed)), curves=curves,
-                      seconds=time.perf_counter() - start, resumed=resumed, feature=feature_shape(model, data.shape),
+                      seconds=time.perf_counter() - start, resumed=resumed, feature=feature_shape(model, data.shape), images=len(data.train),
                       encoder_params=n_params(model.encoder), params=n_params(model), **provenance(data.train.x.device))
         _write(part, model.state_dict(), result=result,
                config=dict(experiment=e.model_dump(mode='json', exclude={'attacks'}), fingerprint=fingerprint))
 
-# %% ../nbs/5_run/03_store.ipynb #7e1309ed
+# %% ../nbs/5_run/03_store.ipynb #db7731be
 def _attack_into(path: Path, attack: Attack, e: Experiment, data: ImageData, model: SplitModel):
     with write_then_rename(path) as part:
         start, resumed = time.perf_counter(), any(part.glob('checkpoint*.pt'))
         attacker, record = best_of_restarts(
-            attack, model, data.train, data.val if len(data.val) else data.train, seed=e.seed,
+            attack, model, data.train, data.val, seed=e.seed,
             checkpoint_of=lambda r: part/f'checkpoint-{r}.pt', label=f'{e.row}, seed {e.seed}: {attack.label} attack')
         nothing = dict.fromkeys(attack.metrics, float('nan'))  # where every restart diverged
         score = lambda s: attack.score(attacker, model, s, seed=e.seed) if attacker else nothing
-        result = dict(scores=_scores(data, score), finished=attacker is not None, chosen_on='val' if len(data.val) else 'train',
-                      **record, seconds=time.perf_counter() - start, resumed=resumed, **provenance(data.train.x.device))
+        result = dict(scores=_scores(data, score), finished=attacker is not None, **record,
+                      seconds=time.perf_counter() - start, resumed=resumed, **provenance(data.train.x.device))
         _write(part, attacker.state_dict() if attacker else {}, config=attack.record(), result=result)
 
-# %% ../nbs/5_run/03_store.ipynb #70cd3fbe
+# %% ../nbs/5_run/03_store.ipynb #78a04ce0
 def run(
     experiment: Experiment,
     device: torch.device = torch.device('cpu'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['experiments', 'measured', 'sweep']
 
-# %% ../nbs/5_run/04_sweep.ipynb #3b6b3b72
-import json, math, time
+# %% ../nbs/5_run/04_sweep.ipynb #7c47673b
+import json, math, re, time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
@@ -18,7 +18,7 @@ from .experiment import Experiment
 from .store import SCHEMA, Run, data_on, pick_device, run
 from .training import DivergedError
 
-# %% ../nbs/5_run/04_sweep.ipynb #bee9e3e0
+# %% ../nbs/5_run/04_sweep.ipynb #285cc17d
 def experiments(
     base: Experiment,
     rows: Iterable[dict[str, Any]] = ({},),  # settings that vary together, one dict a row
@@ -29,7 +29,7 @@ def experiments(
     varied = [point | row for point in points for row in rows]
     return [(v, base.replace(**v)) for v in varied]
 
-# %% ../nbs/5_run/04_sweep.ipynb #eadde005
+# %% ../nbs/5_run/04_sweep.ipynb #4f7e7e6a
 def _plain(value: Any) -> Any:
     "A setting as a cell of a table holds it."
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
@@ -38,7 +38,8 @@ def _plain(value: Any) -> Any:
 def measured(run: Run) -> dict[str, Any]:
     "Accuracies, scores, seconds and provenance of a finished run."
     r = run.result
-    row = {f'acc_{part}': 100*v for part, v in r['accuracy'].items()} | {'seconds_train': round(r['seconds'], 1)}
+    row = {f'acc_{part}': 100*v for part, v in r['accuracy'].items()}
+    row |= dict(images=r['images'], seconds_train=round(r['seconds'], 1))
     row |= {f'{k}_last': r['curves'][-1][k] for k in ('l_d', 'l_c') if k in r['curves'][-1]}
     for attack in run.experiment.attacks:
         a = run.attack(attack.name)
@@ -46,20 +47,21 @@ def measured(run: Run) -> dict[str, Any]:
         row[f'seconds_{attack.name}'] = round(a['seconds'], 1)
     return row | dict(run=run.path.name, **{k: r[k] for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')})
 
-# %% ../nbs/5_run/04_sweep.ipynb #79be2cf1
-def _line(varied: dict, e: Experiment, row: dict, took: str) -> str:
+# %% ../nbs/5_run/04_sweep.ipynb #07c88004
+def _line(varied: dict, e: Experiment, row: dict, part: str, took: str) -> str:
     "One line of progress for a finished run."
     others = '  '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in varied.items()
                        if k not in ('defense', 'cem', 'lam', 'variant'))
-    mse = '  '.join(f'{a.label} MSE {row[f"mse_test_{a.name}"]:.4f}' for a in e.attacks)
-    return f'{e.row:<18} {others}   accuracy {row["acc_test"]:5.1f} %   {mse}   {took}'
+    mse = '  '.join(f'{a.label} MSE {row[f"mse_{part}_{a.name}"]:.4f}' for a in e.attacks)
+    return f'{e.row:<18} {others}   {part} accuracy {row[f"acc_{part}"]:5.1f} %   {mse}   {took}'
 
-# %% ../nbs/5_run/04_sweep.ipynb #7202a748
+# %% ../nbs/5_run/04_sweep.ipynb #f2e1e81c
 def sweep(
     base: Experiment,
     rows: Iterable[dict[str, Any]] = ({},),   # settings that vary together, one dict a row
     *,
     device: str = 'auto',                     # auto, cpu or cuda
+    test: bool = True,                        # False where something is chosen by the result: no score on test images is shown
     compute: Callable[[Experiment], Run] | None = None,  # where a run is computed; None: here, through the store
     **axes: Iterable,                         # setting to its values, such as noise_std=[0.01, 0.1], seed=range(3)
 ) -> pd.DataFrame:  # one row a run: settings, acc_<part> in %, <metric>_<part>_<attack>, seconds, run, provenance
@@ -70,15 +72,16 @@ def sweep(
     if compute is None:
         compute = partial(run, device=pick_device(device))
         for settings in {e.data for _, e in points}: data_on(settings, pick_device(device))
-    return pd.DataFrame([_computed(varied, e, compute) for varied, e in points])
+    return pd.DataFrame([_computed(varied, e, compute, 'test' if test else 'val') for varied, e in points])
 
-# %% ../nbs/5_run/04_sweep.ipynb #ea265c7f
-def _computed(varied: dict[str, Any], e: Experiment, compute: Callable[[Experiment], Run]) -> dict[str, Any]:
+# %% ../nbs/5_run/04_sweep.ipynb #aa8efd7e
+def _computed(varied: dict[str, Any], e: Experiment, compute: Callable[[Experiment], Run], part: str) -> dict[str, Any]:
+    "A row of the sweep, with a printed line of its scores on `part`."
     start, row = time.perf_counter(), {k: _plain(v) for k, v in e.settings().items()} | dict(schema=SCHEMA)
     try: found = compute(e)
     except DivergedError as error:
         print(f'{e.row:<18} diverged: {error}')
-        return row | dict(acc_test=math.nan)
-    row |= measured(found)
-    print(_line(varied, e, row, f'{time.perf_counter() - start:.0f} s' if found.new else 'stored'))
+        return row | {f'acc_{part}': math.nan}
+    row |= {k: v for k, v in measured(found).items() if part == 'test' or not re.search('_test(_|$)', k)}
+    print(_line(varied, e, row, part, f'{time.perf_counter() - start:.0f} s' if found.new else 'stored'))
     return row

@@ -8,7 +8,7 @@ from cem_nb.results import committed, read_result, save, stem, table_result
 from cem_nb.store import RunError
 
 FRAME = pd.DataFrame(dict(defense=['Bottleneck', 'Bottleneck'], cem=[False, True], seed=[0, 0], acc_test=[50.0, float('nan')],
-                          date=['2026-11-25']*2, hardware=['a CPU']*2, torch=['2.11']*2, seconds_train=[3.0, 4.0]))
+                          date=['2026-11-25']*2, hardware=['a CPU']*2, torch=['2.11.0']*2, seconds_train=[3.5, 4.25]))
 
 
 def test_a_name_has_what_differs_from_the_defaults():
@@ -31,9 +31,9 @@ def test_a_result_is_whole_or_absent(monkeypatch):
     def full(self, f, **k):
         open(f, 'w').write('half')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(pd.DataFrame, 'to_csv', full)
-    with pytest.raises(RunError, match='free some space'): save('table1', TableParameters(), FRAME)
-    monkeypatch.undo()
+    with monkeypatch.context() as m:
+        m.setattr(pd.DataFrame, 'to_csv', full)
+        with pytest.raises(RunError, match='free some space'): save('table1', TableParameters(), FRAME)
     pd.testing.assert_frame_equal(read_result(results_dir()/'table1_digits_quick.csv'), FRAME)
 
 

@@ -101,7 +101,7 @@ def test_a_run_under_way_elsewhere_is_left_alone():
 
 def test_sizes_that_do_not_fit_stop_before_the_training(monkeypatch):
     monkeypatch.setattr(store, 'train', never)
-    with pytest.raises(ValueError, match='power of 2'): one(image_size=12)
+    with pytest.raises(ValueError, match='power of 2'): one(image_size=20, cut=4)
 
 
 def test_devices():

@@ -24,7 +24,7 @@ from cem_nb.sweep import experiments, sweep
 DECODER = DecoderAttack(width=8, blocks=0, n_epochs=2, batch_size=64)
 ATTACKS = DECODER, GAN(width=8, blocks=0, n_epochs=2, batch_size=64, critic_width=4), Oracle(n_images=20)
 TINY = Experiment(attacks=(DECODER,)).replace(n_train=256, width=0.125, epochs=2, batch_size=64, lr=0.02)
-TIMES = ['seconds_train', 'seconds_decoder', 'date']
+TIMES = ['seconds_train', 'seconds_decoder', 'date', 'hardware']
 
 
 def test_axes_are_multiplied_with_rows():
@@ -117,3 +117,11 @@ def test_where_something_is_chosen_no_test_score_is_shown(capsys):
     frame = sweep(TINY, test=False)
     assert not [c for c in frame if 'test' in c] and frame.mse_val_decoder.notna().all()
     assert 'val accuracy' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_workers_give_what_one_process_gives(monkeypatch):
+    a = sweep(TINY, workers=2, seed=[0, 1], cem=[False, True])
+    monkeypatch.setenv('CEM_RUNS', os.environ['CEM_RUNS'] + '2')
+    b = sweep(TINY, seed=[0, 1], cem=[False, True])
+    pd.testing.assert_frame_equal(a.drop(columns=TIMES), b.drop(columns=TIMES), check_exact=True)

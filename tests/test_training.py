@@ -97,7 +97,7 @@ def test_cem_waits_for_an_epoch_and_then_describes_the_features(digits, monkeypa
         cem = real(*args)
         def look(module, inputs):
             z = inputs[0].detach().flatten(1)
-            near = torch.cdist(z, cem.means).min(1).values.square().mean()
+            near = torch.cdist(z, cem.mu).min(1).values.square().mean()
             ratios.setdefault(cem.n_fits, []).append((near/z.var(0).sum()).item())
         cem.register_forward_pre_hook(look)
         return cem
