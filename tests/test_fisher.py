@@ -102,8 +102,8 @@ def test_hutchinson_is_within_its_error_bar():
     guess, error = fisher_trace_mc(f, x, 0.3, 64, generator=rng(0))
     z = (guess - exact)/error
     assert (z.abs() < 5).all() and 0.85 < z.std() < 1.2 and abs(z.mean()) < 0.35
-    more = fisher_trace_mc(f, x, 0.3, 1024, generator=rng(1))[1]
-    assert (error/more).median().item() == pytest.approx(4, rel=0.2)
+    more = fisher_trace_mc(f, x, 0.3, 256, generator=rng(1))[1]
+    assert (error/more).median().item() == pytest.approx(2, rel=0.1)
     a, b = (fisher_trace_mc(f, x, 0.3, 4, generator=rng(5))[0] for _ in range(2))
     assert torch.equal(a, b)
 
