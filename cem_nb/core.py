@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'register', 'number', 'whole', 'one_of', 'finite_tensor',
-           'finite_array', 'cholesky', 'full_precision', 'stage_seed', 'seeded']
+           'finite_array', 'cholesky', 'outside_autocast', 'full_precision', 'stage_seed', 'seeded']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
 import hashlib, inspect, math, os
@@ -184,20 +184,38 @@ def cholesky(
                      'directions without variance')
 
 # %% ../nbs/1_base/01_core.ipynb #39ac7756
+def outside_autocast(device: torch.device):
+    "Context without automatic mixed precision on that kind of device."
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+class _Exact(torch.autograd.Function):
+    "A function of tensors whose forward and backward pass run outside autocast."
+    @staticmethod
+    def forward(ctx, function, *tensors):
+        ctx.inputs = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
+        with torch.enable_grad(), outside_autocast(tensors[0].device): ctx.value = function(*ctx.inputs)
+        return ctx.value.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        asked = [x for x in ctx.inputs if x.requires_grad]
+        with outside_autocast(slope.device):
+            found = iter(torch.autograd.grad(ctx.value, asked, slope, retain_graph=True))
+        return None, *(next(found) if x.requires_grad else None for x in ctx.inputs)
+
+# %% ../nbs/1_base/01_core.ipynb #3f6c2128
 def full_precision(
-    function: Callable,  # of floating point tensors alone
-) -> Callable:
-    "`function` outside autocast and in float32 or float64; `TypeError` for tensors of whole numbers."
+    function: Callable,  # of floating point tensors alone, to one tensor
+) -> Callable:           # once differentiable
+    "`function` outside autocast and in float32 or float64; raises `TypeError` for tensors of whole numbers."
     def widen(x):
         if not x.is_floating_point(): raise TypeError(f'got {x.dtype}; give floating point (images as numbers in [0, 1], not bytes)')
         return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
     @wraps(function)
-    def exact(*tensors):
-        tensors = [widen(x) for x in tensors]
-        kind = tensors[0].device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            return function(*tensors)
+    def exact(*tensors): return _Exact.apply(function, *map(widen, tensors))
     return exact
 
 # %% ../nbs/1_base/01_core.ipynb #8a4eb75f
