@@ -176,6 +176,7 @@ class TestDefense:
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(off[1].parameters(), plain[1].parameters(), strict=True))
         assert same(state_of(*off[1:]), state_of(*plain[1:]))
 
+    @torch.no_grad()
     def test_an_attacker_sees_what_the_server_receives(self, name):
         _, model, _ = build(name, noise_std=0.1)
         received = []
@@ -225,7 +226,7 @@ class TestDefense:
 
     def test_reads_no_data_but_the_batches(self, name, monkeypatch):
         def forbidden(*a, **k): raise AssertionError(f'{name} loads data')
-        images, seen = load_data('digits', n_train=64).train, []
+        images, seen = load_data('digits', n_train=256).train, []
         for reader in ('load_data', 'batches'): monkeypatch.setattr(cem_nb.data, reader, forbidden)
         monkeypatch.setattr('builtins.open', forbidden)
         d, model, opt = build(name, params=ON)
