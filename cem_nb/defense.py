@@ -101,7 +101,7 @@ def defense(
     name: str,          # of the row; a class of the same name may take it again, as when a cell is run twice
     **settings: float,  # arguments of the constructor
 ) -> Callable[[type[Defense]], type[Defense]]:
-    "Decorator that adds the class to `DEFENSES`. `ValueError` for a name that is taken, `TypeError` for a wrong setting."
+    "Decorator that adds the class to `DEFENSES`; `ValueError` for a name that is taken, `TypeError` for a wrong setting"
     def add(cls):
         if name in DEFENSES and DEFENSES[name].cls.__qualname__ != cls.__qualname__:
             raise ValueError(f'there is a defence {name!r} already; choose another name')

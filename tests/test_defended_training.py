@@ -19,7 +19,8 @@ def test_more_noise_reaches_the_regulariser(digits, monkeypatch):
     import cem_nb.training as tr
     seen, real = [], tr.CEM
     monkeypatch.setattr(tr, 'CEM', lambda **k: seen.append(k['noise_std']) or real(**k))
-    train(TrainConfig(defense='Noise_Nopeek', params=dict(noise_factor=3.0), cem=CEMConfig(), **dict(TRAIN, epochs=1)), digits)
+    row = dict(defense='Noise_Nopeek', params=dict(noise_factor=3.0), cem=CEMConfig())
+    train(TrainConfig(**row, **dict(TRAIN, epochs=1)), digits)
     assert seen == [pytest.approx(0.075)]
 
 
@@ -31,7 +32,8 @@ def test_patrol_prunes_once_goes_on_training_and_its_weights_load(digits):
     fresh.to(memory_format=torch.channels_last).load_state_dict(model.state_dict())
     x = torch.rand(3, 1, 16, 16)
     assert torch.equal(fresh.eval().encode(x), model.encode(x))
-    assert n_params(fresh.encoder) <= n_params(split_model('vgg11', 10, in_channels=1, image_size=16, width=0.125, noise_std=0.025).encoder)
+    plain = split_model('vgg11', 10, in_channels=1, image_size=16, width=0.125, noise_std=0.025)
+    assert n_params(fresh.encoder) <= n_params(plain.encoder)
 
 
 @pytest.mark.parametrize('defense, stop', [('ResSFL', 2), ('PATROL', 2), ('PATROL', 3)])

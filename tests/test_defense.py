@@ -23,8 +23,10 @@ def test_rows_and_their_settings():
     assert no.encode(torch.rand(1, 3, 32, 32)).shape[1] == 16  # no bottleneck of 8
     for name in ('Noise_Nopeek', 'Noise_ARL'):
         factor = DEFENSES[name].settings['noise_factor']
-        assert factor > 1 and make_defense(name).model('vgg11', 10, noise_std=0.1, width=0.125).noise_std == pytest.approx(0.1*factor)
-    for name, params in (('Nodefense', {}), ('Bottleneck', {'alpha': 1.0}), ('DistCorr', {'alpha': -1.0}), ('ResSFL', {'t': -0.1}),
+        model = make_defense(name).model('vgg11', 10, noise_std=0.1, width=0.125)
+        assert factor > 1 and model.noise_std == pytest.approx(0.1*factor)
+    for name, params in (('Nodefense', {}), ('Bottleneck', {'alpha': 1.0}), ('DistCorr', {'alpha': -1.0}),
+                         ('ResSFL', {'t': -0.1}),
                          ('Noise_ARL', {'noise_factor': 0.0}), ('PATROL', {'alpha': float('nan')}),
                          ('PATROL', {'lipschitz': float('inf')}), ('Dropout', {'p': 1.0})):
         with pytest.raises(ValueError): make_defense(name, params)
@@ -49,7 +51,7 @@ def test_every_setting_of_a_row_is_known_and_was_tried():
     assert all(make_defense(c['defense'], c['params']) for c in CANDIDATES)
     tried = {c['defense'] for c in CANDIDATES if DEFENSES[c['defense']].settings.items() >= c['params'].items()}
     assert tried == set(DEFENSES)
-    assert DEFENSES['ResSFL'].settings == dict(alpha=0.3, t=0.3, noise_factor=1.0)  # the constructor's default among them
+    assert DEFENSES['ResSFL'].settings == dict(alpha=0.3, t=0.3, noise_factor=1.0)  # with the constructor's default
 
 
 def test_registering(own):

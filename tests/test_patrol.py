@@ -15,7 +15,8 @@ from cem_nb.patrol import PATROL, PrunableEncoder, spectral_gradient
        cut=st.sampled_from([1, 3, 5]))
 def test_pruning_reaches_the_size_and_no_larger_share_would(arch, width, cut):
     plain = n_params(split_model(arch, 10, width=width, cut=cut, noise_std=0.025).encoder)
-    build = lambda limit: PrunableEncoder(split_model(arch, 10, width=width, cut=cut, extra=16, noise_std=0.025).encoder, limit)
+    long = dict(width=width, cut=cut, extra=16, noise_std=0.025)
+    build = lambda limit: PrunableEncoder(split_model(arch, 10, **long).encoder, limit)
     try: e = build(plain)
     except ValueError as error:
         assert 'deeper cut' in str(error)
@@ -85,7 +86,8 @@ def test_an_encoder_that_diverged_has_a_nan_gradient_and_no_error_of_its_own(bad
 
 
 def test_weights_saved_after_pruning_load_into_a_fresh_encoder():
-    build = lambda: PATROL(alpha=1.0, t=0.5).model('vgg11', 10, in_channels=1, image_size=16, width=0.5, noise_std=0.025)
+    sizes = dict(in_channels=1, image_size=16, width=0.5, noise_std=0.025)
+    build = lambda: PATROL(alpha=1.0, t=0.5).model('vgg11', 10, **sizes)
     saved, fresh = (build().to(memory_format=torch.channels_last) for _ in range(2))
     saved.encoder.prune([torch.rand(c.out_channels) for c, _, _ in saved.encoder.groups()])
     fresh.load_state_dict(saved.state_dict())

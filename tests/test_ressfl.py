@@ -11,7 +11,8 @@ from cem_nb.ressfl import ResSFL, gaussian_blur_matrix, ssim
 
 
 @settings(deadline=None, max_examples=20, derandomize=True)
-@given(h=st.integers(6, 40), w=st.integers(6, 40), c=st.sampled_from([1, 3]), noise=st.floats(0, 1), seed=st.integers(0, 10**6))
+@given(h=st.integers(6, 40), w=st.integers(6, 40), c=st.sampled_from([1, 3]), noise=st.floats(0, 1),
+       seed=st.integers(0, 10**6))
 def test_ssim_against_torchmetrics(h, w, c, noise, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.rand(3, c, h, w, generator=g)
