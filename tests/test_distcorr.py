@@ -132,7 +132,8 @@ def test_full_precision_keeps_a_function_s_name_and_widens_its_tensors_only():
     a = torch.rand(3, 3)
     assert product.__name__ == 'product'
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert torch.allclose(product(a, a).double(), a.double() @ a.T.double()) and product(a, a).dtype == torch.float32
+        assert torch.allclose(product(a, a).double(), a.double() @ a.T.double())
+        assert product(a, a).dtype == torch.float32
         assert product(a.half(), a).dtype == torch.float32 and product(a.double(), a.double()).dtype == torch.float64
         assert (a @ a).dtype == torch.bfloat16
 
