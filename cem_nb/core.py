@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
-           'committed_dir', 'Record', 'record_of', 'Registry', 'register', 'number', 'whole', 'one_of', 'finite_tensor',
-           'finite_array', 'cholesky', 'stage_seed', 'seeded']
+           'committed_dir', 'Record', 'record_of', 'Registry', 'register', 'number', 'whole', 'one_of',
+           'floating_tensor', 'finite_tensor', 'finite_array', 'result_dtype', 'cholesky', 'stage_seed', 'seeded']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
-import hashlib, inspect, math, os
+import functools, hashlib, inspect, math, os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,18 +140,27 @@ def one_of(*choices: str, **setting: str) -> str:
     if value in choices: return value
     raise ValueError(f'{name} is {value!r}; choose one of {", ".join(choices)}')
 
+# %% ../nbs/1_base/01_core.ipynb #f0a7d103
+def floating_tensor(
+    x: Tensor,
+    name: str,  # as it is called in messages
+) -> Tensor:
+    "`x`, if it is a floating point tensor; else `TypeError`."
+    if isinstance(x, Tensor) and x.is_floating_point(): return x
+    kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(f'{name} is {kind}; give a floating point torch tensor (images as numbers in [0, 1], not bytes)')
+
 # %% ../nbs/1_base/01_core.ipynb #0962a48a
 def finite_tensor(
     x: Tensor,
     name: str,                # as it is called in messages
-    ndim: int | None = None,  # axes; None: 2 or more, [N, ...]
+    ndim: int | tuple[int, ...] | None = None,  # axes, or what they may be; None: 2 or more, [N, ...]
 ) -> Tensor:
     "`x`, if it is a floating point tensor of finite numbers with that many axes; else `TypeError` or `ValueError`."
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f'{name} is {kind}; give a floating point torch tensor (images as numbers in [0, 1], not bytes)')
-    if (x.ndim < 2 if ndim is None else x.ndim != ndim) or 0 in x.shape[1:]:
-        axes = '[N, ...]' if ndim is None else f'{ndim} axes'
+    floating_tensor(x, name)
+    allowed = ndim if isinstance(ndim, tuple) else (ndim,)
+    if (x.ndim < 2 if ndim is None else x.ndim not in allowed) or 0 in x.shape[1:]:
+        axes = '[N, ...]' if ndim is None else f'{" or ".join(map(str, allowed))} axes'
         raise ValueError(f'{name} has shape {list(x.shape)}; give {axes}, none of them empty')
     if not x.sum(dtype=torch.float64).isfinite():
         raise ValueError(f'{name} holds NaN or inf; mend it first (a diverged encoder?)')
@@ -169,6 +178,13 @@ def finite_array(
     if a.size == 0: raise ValueError(f'{name} is empty (shape {a.shape}); give at least one entry')
     if not np.isfinite(a).all(): raise ValueError(f'{name} holds NaN or infinity; remove those entries first')
     return a
+
+# %% ../nbs/1_base/01_core.ipynb #f0a7d101
+def result_dtype(
+    *tensors: Tensor,  # the arguments of a function that computes in float64
+) -> torch.dtype:
+    "What its results are cast back to: the widest dtype of the arguments, float32 at least."
+    return functools.reduce(torch.promote_types, (floating_tensor(t, 'an argument').dtype for t in tensors), torch.float32)
 
 # %% ../nbs/1_base/01_core.ipynb #0e73859d
 def cholesky(
