@@ -16,7 +16,9 @@ COLORS = {
     # attacks and the truth
     'decoder': '#E69F00', 'gan': '#CC79A7', 'oracle': '#009E73', 'exact': 'black',
     # bounds
-    'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7', 'fisher': '#009E73',
+    'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7', 'mc': '#E69F00', 'fisher': '#009E73',
+    # utility, and covariances of which only the diagonal is kept
+    'utility': '#009E73', 'diagonal': '#D55E00',
     # variants of the CEM loss
     'balanced': '#0072B2', 'mean': '#E69F00', 'sum': '#CC79A7', 'full': '#009E73', 'release': '#D55E00',
 }
