@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .mixture import GaussianMixture, assign, kmeans, logdet_update, mutual_information_bound
+from .bounds import mutual_information_bound
+from .kmeans import assign, kmeans
+from .logdet import logdet_update
+from .mixture import GaussianMixture
 
 # %% ../nbs/3_defend/01_cem.ipynb #d889bd6c
 _GAMMA, _T = 0.01, 0.125  # of the release's hinge
