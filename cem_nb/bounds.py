@@ -45,14 +45,14 @@ def _log_weights(w):
     "log pi, with pi = 0 standing for a number so small that pi log pi and every gradient stay finite."
     return w.clamp_min(1e-300).log()
 
-# %% ../nbs/2_theory/06_bounds.ipynb #fb711b27
+# %% ../nbs/2_theory/06_bounds.ipynb #2e91406c
 def entropy_huber(
     weights: Tensor,      # weights pi_i [k], >= 0, sum 1
     means: Tensor,        # means mu_i [k, m]; the bound uses only their width m
     covariances: Tensor,  # covariances S_i: [k], [k, m] or [k, m, m]
 ) -> Tensor:              # an upper bound on H(z), nats
-    """Upper bound on a mixture's entropy, Eq. 15: sum_i pi_i (-log pi_i + 1/2 log((2 pi e)^m |S_i|)) (Huber et al. 2008).
-    It is H(z, c) = H(z|c) + H(c), so it exceeds H(z) by H(c|z). It bounds H(z) of any other law whose clusters
+    """Upper bound on a mixture's entropy: sum_i pi_i (-log pi_i + 1/2 log((2 pi e)^m |S_i|)), Eq. 15 (Huber et al.
+    2008). It is H(z, c) = H(z|c) + H(c), so it exceeds H(z) by H(c|z). It bounds H(z) of any other law whose clusters
     have these weights, means and covariances as well.
 
     Raises ValueError for bad weights, shapes or covariances that are not positive definite."""

@@ -73,9 +73,9 @@ def _race(d2, tries, generator):
     u = draw(torch.rand, tries, len(d2), generator=generator, device=d2.device)
     return (d2/-u.log()).argmax(1)
 
-# %% ../nbs/2_theory/04_kmeans.ipynb #515316d0
+# %% ../nbs/2_theory/04_kmeans.ipynb #99cf6826
 def _seeding(x, k, generator):
-    "k rows of `x` by greedy k-means++: each is the best of a few candidates (Arthur and Vassilvitskii 2007, section 4)."
+    "k rows of `x` by greedy k-means++ (Arthur and Vassilvitskii 2007, section 4): each the best of a few candidates."
     x2, d2, chosen = x.square().sum(1), x.new_ones(len(x)), []
     for j in range(k):
         picks = _race(d2, 2 + int(math.log(k)) if j else 1, generator)

@@ -17,12 +17,12 @@ from torch import Tensor
 from .core import cholesky, finite_tensor, number, one_of, whole
 from .kmeans import blocks, draw, kmeans, same_width
 
-# %% ../nbs/2_theory/05_mixture.ipynb #84dd583d
+# %% ../nbs/2_theory/05_mixture.ipynb #ffe61e74
 def checked_components(
     means: Tensor,        # means mu_i [k, m]
     covariances: Tensor,  # covariances S_i: spherical [k], diagonal [k, m] or full [k, m, m]
 ) -> tuple[Tensor, Tensor]:
-    "Both in float64. Raises `ValueError` for NaN, inf, other shapes, variances <= 0 or matrices that are not symmetric."
+    "Both in float64. Raises `ValueError` for NaN, inf, other shapes, variances <= 0, unsymmetric matrices."
     k, m = finite_tensor(means, 'means', 2).shape
     s = finite_tensor(covariances, 'covariances', (1, 2, 3)).double()
     if s.shape not in ((k,), (k, m), (k, m, m)):
@@ -33,13 +33,13 @@ def checked_components(
         raise ValueError('a covariance is not symmetric: pass (S + S.mT)/2')
     return means.double(), s
 
-# %% ../nbs/2_theory/05_mixture.ipynb #7a5c87a2
+# %% ../nbs/2_theory/05_mixture.ipynb #da27b392
 def checked_mixture(
     weights: Tensor,      # weights pi_i [k], >= 0, sum 1 but for rounding
     means: Tensor,        # means mu_i [k, m]
     covariances: Tensor,  # covariances S_i: [k], [k, m] or [k, m, m]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "All in float64, the weights divided by their sum. Raises `ValueError` as `checked_components`, and for bad weights."
+    "All in float64, the weights divided by their sum. Raises as `checked_components`, and for bad weights."
     mu, s = checked_components(means, covariances)
     w = finite_tensor(weights, 'weights', 1).double()
     if len(w) != len(mu): raise ValueError(f'weights have shape {[len(w)]}: make it {[len(mu)]}, one per component')
