@@ -422,8 +422,8 @@ def test_wider_components_may_lower_the_pairwise_bound_and_never_hubers():
 
 @some
 @given(kind=st.sampled_from(['heavy tails', 'shell', 'corners', 'cube', 'line']), n=st.integers(2, 30),
-       m=st.integers(1, 3), k=st.integers(1, 5), form=st.sampled_from(TYPES), std=st.floats(0.1, 1), factor=st.sampled_from([0.01, 1., 30.]),
-       seed=st.integers(0, 999))
+       m=st.integers(1, 3), k=st.integers(1, 5), form=st.sampled_from(TYPES), std=st.floats(0.1, 1),
+       factor=st.sampled_from([0.01, 1., 30.]), seed=st.integers(0, 999))
 def test_upper_bounds_hold_with_covariances_that_are_too_large(kind, n, m, k, form, std, factor, seed):
     x = law(kind, n, m, seed)
     w, mu, s = soft_moments(x, (5*torch.randn(n, k, generator=rng(seed), dtype=torch.float64)).softmax(1), form)
