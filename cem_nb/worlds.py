@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['log_normal', 'MixtureSource', 'mixture_moments', 'LinearMixture', 'GridPosterior', 'cell_posterior', 'grid_posterior']
 
-# %% ../nbs/2_theory/02_worlds.ipynb #bdc52806
+# %% ../nbs/2_theory/02_worlds.ipynb #25e1a642
 import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
-from scipy.special import entr, logsumexp, softmax
+from scipy.special import logsumexp, softmax
 
 from .core import finite_array, number, whole
 from .theorem1 import LinearGaussian, NoisyLinear, ProofChain, lower_factor, proof_chain
 
-# %% ../nbs/2_theory/02_worlds.ipynb #4eca3c1b
+# %% ../nbs/2_theory/02_worlds.ipynb #53f817bc
 def log_normal(
     v: np.ndarray,     # [S, d]
     chol: np.ndarray,  # lower factor of the covariance, [d, d]
@@ -26,7 +26,7 @@ def log_normal(
     u = solve_triangular(chol, v.T, lower=True)
     return -(u**2).sum(0)/2 - np.log(np.diag(chol)).sum() - v.shape[1]/2*math.log(2*math.pi)
 
-# %% ../nbs/2_theory/02_worlds.ipynb #07898d3e
+# %% ../nbs/2_theory/02_worlds.ipynb #182a1ae2
 class MixtureSource:
     "A Gaussian mixture. Raises ValueError for shapes that do not fit and weights that are no distribution."
     def __init__(
@@ -60,7 +60,7 @@ class MixtureSource:
         i = rng.choice(len(self.weights), size=n, p=self.weights/self.weights.sum())
         return self.means[i] + np.einsum('sij,sj->si', self.chols[i], rng.standard_normal(self.means[i].shape))
 
-# %% ../nbs/2_theory/02_worlds.ipynb #1de1716d
+# %% ../nbs/2_theory/02_worlds.ipynb #ef8072fc
 def mixture_moments(
     r: np.ndarray,  # weights, [S, k], rows sum to 1
     m: np.ndarray,  # means of the components, [S, k, d]
@@ -71,7 +71,7 @@ def mixture_moments(
     dev = m - mean[:, None]
     return mean, np.tensordot(r, C, 1) + np.einsum('sk,ski,skj->sij', r, dev, dev)
 
-# %% ../nbs/2_theory/02_worlds.ipynb #a71147bc
+# %% ../nbs/2_theory/02_worlds.ipynb #7b051e16
 class LinearMixture(NoisyLinear):
     """A Gaussian-mixture source `x` seen through a noisy linear encoder: `z` = W x + N(0, noise_std^2 I).
 
@@ -121,7 +121,7 @@ class LinearMixture(NoisyLinear):
         x, z = self.sample(whole(least=2, n=n), rng)
         return proof_chain(self.neg_log_posterior(x, z), self.posterior(z)[1])
 
-# %% ../nbs/2_theory/02_worlds.ipynb #6cba35cf
+# %% ../nbs/2_theory/02_worlds.ipynb #8e244793
 class GridPosterior(NamedTuple):
     "What is known of x at S values of z, from a grid over x."
     log_p_z: np.ndarray  # log density of z, nats, [S]
@@ -130,7 +130,7 @@ class GridPosterior(NamedTuple):
     cov: np.ndarray      # Cov(x|z), [S, d, d]
     top: np.ndarray      # share of the fullest cell, [S]; near 1 the grid is too coarse
 
-# %% ../nbs/2_theory/02_worlds.ipynb #2c127b03
+# %% ../nbs/2_theory/02_worlds.ipynb #20b3be30
 def cell_posterior(
     log_joint: np.ndarray,  # log(mass of the cell) + log p(z|x), nats, [S, G]; -inf is legal
     x: np.ndarray,          # centres of the cells, [G, d]
@@ -138,14 +138,15 @@ def cell_posterior(
 ) -> GridPosterior:
     "The posterior of x over cells, for any noise."
     log_p_z = logsumexp(log_joint, axis=1)
-    p = np.exp(log_joint - log_p_z[:, None])
-    centre = softmax(logsumexp(log_joint, axis=0)) @ x  # near the means, so that the subtraction below is harmless
+    log_p = np.maximum(log_joint - log_p_z[:, None], -1e3)  # exp(-1e3) is 0, and 0 log 0 too
+    p = np.exp(log_p)
+    centre = p.mean(0) @ x  # near the means, so that the subtraction below is harmless
     u = x - centre
     mean, second = p @ u, (p @ np.einsum('gi,gj->gij', u, u).reshape(len(u), -1)).reshape(len(p), *2*u.shape[1:])
     cov = second - np.einsum('si,sj->sij', mean, mean)
-    return GridPosterior(log_p_z, math.log(cell) + entr(p).sum(1), mean + centre, cov, p.max(1))
+    return GridPosterior(log_p_z, math.log(cell) - (p*log_p).sum(1), mean + centre, cov, p.max(1))
 
-# %% ../nbs/2_theory/02_worlds.ipynb #0af34e27
+# %% ../nbs/2_theory/02_worlds.ipynb #06f7b81d
 def grid_posterior(
     x: ArrayLike,          # centres of equal cells that cover the source, [G, d]
     log_prior: ArrayLike,  # log density of x there, up to a constant, nats, [G]
