@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['log_normal', 'MixtureSource', 'mixture_moments', 'LinearMixture', 'GridPosterior', 'cell_posterior', 'grid_posterior']
 
-# %% ../nbs/2_theory/02_worlds.ipynb #25e1a642
+# %% ../nbs/2_theory/02_worlds.ipynb #f947d781
 import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
+from scipy.spatial.distance import cdist
 from scipy.special import logsumexp, softmax
 
 from .core import finite_array, number, whole
 from .theorem1 import LinearGaussian, NoisyLinear, ProofChain, lower_factor, proof_chain
 
-# %% ../nbs/2_theory/02_worlds.ipynb #53f817bc
+# %% ../nbs/2_theory/02_worlds.ipynb #8d214dca
 def log_normal(
     v: np.ndarray,     # [S, d]
     chol: np.ndarray,  # lower factor of the covariance, [d, d]
@@ -26,7 +27,7 @@ def log_normal(
     u = solve_triangular(chol, v.T, lower=True)
     return -(u**2).sum(0)/2 - np.log(np.diag(chol)).sum() - v.shape[1]/2*math.log(2*math.pi)
 
-# %% ../nbs/2_theory/02_worlds.ipynb #182a1ae2
+# %% ../nbs/2_theory/02_worlds.ipynb #714ba0eb
 class MixtureSource:
     "A Gaussian mixture. Raises ValueError for shapes that do not fit and weights that are no distribution."
     def __init__(
@@ -60,7 +61,7 @@ class MixtureSource:
         i = rng.choice(len(self.weights), size=n, p=self.weights/self.weights.sum())
         return self.means[i] + np.einsum('sij,sj->si', self.chols[i], rng.standard_normal(self.means[i].shape))
 
-# %% ../nbs/2_theory/02_worlds.ipynb #ef8072fc
+# %% ../nbs/2_theory/02_worlds.ipynb #9565a1db
 def mixture_moments(
     r: np.ndarray,  # weights, [S, k], rows sum to 1
     m: np.ndarray,  # means of the components, [S, k, d]
@@ -71,7 +72,7 @@ def mixture_moments(
     dev = m - mean[:, None]
     return mean, np.tensordot(r, C, 1) + np.einsum('sk,ski,skj->sij', r, dev, dev)
 
-# %% ../nbs/2_theory/02_worlds.ipynb #7b051e16
+# %% ../nbs/2_theory/02_worlds.ipynb #8da163cb
 class LinearMixture(NoisyLinear):
     """A Gaussian-mixture source `x` seen through a noisy linear encoder: `z` = W x + N(0, noise_std^2 I).
 
@@ -121,7 +122,7 @@ class LinearMixture(NoisyLinear):
         x, z = self.sample(whole(least=2, n=n), rng)
         return proof_chain(self.neg_log_posterior(x, z), self.posterior(z)[1])
 
-# %% ../nbs/2_theory/02_worlds.ipynb #8e244793
+# %% ../nbs/2_theory/02_worlds.ipynb #19474b5b
 class GridPosterior(NamedTuple):
     "What is known of x at S values of z, from a grid over x."
     log_p_z: np.ndarray  # log density of z, nats, [S]
@@ -130,7 +131,7 @@ class GridPosterior(NamedTuple):
     cov: np.ndarray      # Cov(x|z), [S, d, d]
     top: np.ndarray      # share of the fullest cell, [S]; near 1 the grid is too coarse
 
-# %% ../nbs/2_theory/02_worlds.ipynb #20b3be30
+# %% ../nbs/2_theory/02_worlds.ipynb #ba432750
 def cell_posterior(
     log_joint: np.ndarray,  # log(mass of the cell) + log p(z|x), nats, [S, G]; -inf is legal
     x: np.ndarray,          # centres of the cells, [G, d]
@@ -146,7 +147,7 @@ def cell_posterior(
     cov = second - np.einsum('si,sj->sij', mean, mean)
     return GridPosterior(log_p_z, math.log(cell) - (p*log_p).sum(1), mean + centre, cov, p.max(1))
 
-# %% ../nbs/2_theory/02_worlds.ipynb #06f7b81d
+# %% ../nbs/2_theory/02_worlds.ipynb #4f9b9b28
 def grid_posterior(
     x: ArrayLike,          # centres of equal cells that cover the source, [G, d]
     log_prior: ArrayLike,  # log density of x there, up to a constant, nats, [G]
@@ -168,7 +169,7 @@ def grid_posterior(
     log_mass = log_prior - logsumexp(log_prior) - z.shape[1]*math.log(noise_std*math.sqrt(2*math.pi))
     blocks = np.array_split(z, math.ceil(len(z)*len(x)/2**22))  # bounds the memory
     post = GridPosterior(*map(np.concatenate, zip(*(
-        cell_posterior(log_mass - ((b[:, None] - z_hat)**2).sum(2)/(2*noise_std**2), x, cell) for b in blocks))))
+        cell_posterior(log_mass - cdist(b, z_hat, 'sqeuclidean')/(2*noise_std**2), x, cell) for b in blocks))))
     if (post.top[post.log_p_z > post.log_p_z.max() - 10] > 0.5).any():
         raise ValueError('one cell holds over half of a posterior; refine the grid over x or raise noise_std')
     return post
