@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'PaperTable', 'paper_csv', 'paper_text', 'paper_numbers', 'as_runs', 'paper_runs', 'errata_table']
 
-# %% ../nbs/5_run/05_paper.ipynb #ec962e84
+# %% ../nbs/5_run/05_paper.ipynb #4f99d651
 from importlib.metadata import files
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from .core import project_dir
 
-# %% ../nbs/5_run/05_paper.ipynb #367c24d8
+# %% ../nbs/5_run/05_paper.ipynb #7c3f8971
 class PaperTable(NamedTuple):
     "What a table of the paper is about."
     data: str               # the data set
@@ -28,7 +28,7 @@ def _mse(data: str, train: str, test: str) -> PaperTable:
 def _likeness(data: str, ssim: str, psnr: str) -> PaperTable:
     return PaperTable(data, {'ssim_zero_test': ssim, 'psnr_test': psnr})
 
-# %% ../nbs/5_run/05_paper.ipynb #bd1489a6
+# %% ../nbs/5_run/05_paper.ipynb #09e28a05
 PAPER = {
     1: _mse('CIFAR-10', '+24.0 %', '+12.9 %'),
     2: _mse('TinyImageNet', '+19.4 %', '+17.7 %'),
@@ -40,7 +40,7 @@ PAPER = {
     8: _mse('CIFAR-100', '+40.5 %', '+44.8 %'),
 }
 
-# %% ../nbs/5_run/05_paper.ipynb #19b55848
+# %% ../nbs/5_run/05_paper.ipynb #1613fa42
 def paper_csv(
     name: str,  # of a file in `data/paper/`
 ) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def paper_csv(
         if path is None: raise FileNotFoundError(f'{name} did not come with cem_nb; install it from its repository')
     return pd.read_csv(path, dtype=str)
 
-# %% ../nbs/5_run/05_paper.ipynb #21994104
+# %% ../nbs/5_run/05_paper.ipynb #dd7dea88
 def paper_text(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # index method, cem; columns accuracy and <metric>_<attack>, in the paper's words
@@ -60,7 +60,9 @@ def paper_text(
     t = paper_csv('tables_1_to_8.csv')
     t = t[t.table == str(table)]
     metric = np.where(t.attack.isna(), t.metric, t.metric + '_' + t.attack.fillna(''))
-    return t.assign(metric=metric, cem=t.cem == '1').pivot(index=['method', 'cem'], columns='metric', values='value')
+    t = t.assign(metric=metric, cem=t.cem == '1')
+    order = pd.MultiIndex.from_frame(t[['method', 'cem']].drop_duplicates())
+    return t.pivot(index=['method', 'cem'], columns='metric', values='value').reindex(order)
 
 
 def paper_numbers(
@@ -69,7 +71,7 @@ def paper_numbers(
     "A table of the paper as numbers. Raises `ValueError` for another table."
     return paper_text(table).astype(float)
 
-# %% ../nbs/5_run/05_paper.ipynb #b01e60a8
+# %% ../nbs/5_run/05_paper.ipynb #b6ffa95d
 def _our_word(column: str) -> str:
     "The name of our column for one of the paper's: mse_infer_gan is mse_test_gan, ssim_gan is ssim_zero_test_gan."
     if column == 'accuracy': return 'acc_test'
@@ -90,9 +92,9 @@ def paper_runs(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # one row a model, without the paper's averages
     "The paper's rows as if they were runs of ours. Raises `ValueError` for another table."
-    return as_runs(paper_numbers(table).drop('Average'))
+    return as_runs(paper_numbers(table).drop('Average', level='method'))
 
-# %% ../nbs/5_run/05_paper.ipynb #e29e7a91
+# %% ../nbs/5_run/05_paper.ipynb #d90a58ad
 def errata_table(
     table: int,  # of the paper, 1 to 9
 ) -> 'pd.io.formats.style.Styler':

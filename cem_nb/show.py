@@ -7,7 +7,7 @@ __all__ = ['WITHOUT', 'WITH', 'attack_label', 'attack_style', 'shown_columns', '
            'score_table', 'gain_table', 'headline_table', 'Verdict', 'verdict', 'plot_paper', 'plot_gains',
            'first_runs', 'plot_examples']
 
-# %% ../nbs/5_run/07_show.ipynb #7a609e4c
+# %% ../nbs/5_run/07_show.ipynb #af36b68d
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .stats import (METRICS, Score, Tally, attacks_in, averages, counting_rule, 
                           row_name, score_columns, tally)
 from .style import COLORS, show_images
 
-# %% ../nbs/5_run/07_show.ipynb #9551becd
+# %% ../nbs/5_run/07_show.ipynb #d5e20ac2
 def attack_label(
     name: str,  # of an attack
 ) -> str:
@@ -38,17 +38,17 @@ def attack_style(
     "Mark and colour of an attack in pictures."
     return dict(marker=ATTACKS[name].marker if name in ATTACKS else 'D', color=COLORS.get(name, COLORS['exact']))
 
-# %% ../nbs/5_run/07_show.ipynb #accf4dfc
+# %% ../nbs/5_run/07_show.ipynb #79005d0a
 def shown_columns(
     frame: pd.DataFrame,    # of runs
     table: int,             # of the paper, 1 to 8
     parts: tuple[str, ...] = ('train', 'test'),
 ) -> dict[str, Score]:      # by column; attack after attack
     "The scores of a frame that a table shows."
-    keys = [k for k in (*PAPER[table].stated, *(('ssim_test',) if 'ssim_zero_test' in PAPER[table].stated else ()))]
-    wanted = [f'{m}_{p}' for m in METRICS for p in parts if f'{m}_{p}' in keys]
-    columns = score_columns(frame)
-    return {c: columns[c] for a in attacks_in(frame) for k in wanted if (c := f'{k}_{a}') in columns}
+    keys, columns = [*PAPER[table].stated], score_columns(frame)
+    if 'ssim_zero_test' in keys: keys.append('ssim_test')
+    wanted = [(m, p, a) for a in attacks_in(frame) for m in METRICS for p in parts if f'{m}_{p}' in keys]
+    return {c: columns[c] for w in wanted if (c := '_'.join(w)) in columns}
 
 
 def _rows(frame: pd.DataFrame) -> list[tuple[str, bool]]:
@@ -56,7 +56,7 @@ def _rows(frame: pd.DataFrame) -> list[tuple[str, bool]]:
     have = dict.fromkeys(zip(frame.defense, frame.cem.astype(bool)))
     return [(d, c) for d in frame.defense.unique() for c in (False, True) if (d, c) in have]
 
-# %% ../nbs/5_run/07_show.ipynb #89330a14
+# %% ../nbs/5_run/07_show.ipynb #b1deea55
 def _values(frame: pd.DataFrame, column: str, text: str = '{}') -> str | None:
     "The values of a column with commas between, in a text; None if there are none."
     values = frame[column].dropna().unique() if column in frame else ()
@@ -76,18 +76,18 @@ def caption(
             _values(frame, 'hardware', 'on {}'), _values(frame, 'date')]
     return ', '.join(filter(None, said))
 
-# %% ../nbs/5_run/07_show.ipynb #04c66d18
+# %% ../nbs/5_run/07_show.ipynb #399892bf
 def provenance_line(
     frame: pd.DataFrame,  # of runs
 ) -> str:
     "When, on what and with which versions the runs were computed, and how long a run takes."
     seconds = [f'{c.removeprefix("seconds_")} {s:.0f} s' for c, s in frame.filter(like='seconds_').median().items()
                if not math.isnan(s)]
-    said = [_values(frame, 'date', 'computed {}'), _values(frame, 'hardware', 'on {}'), _values(frame, 'torch', 'torch {}'),
-            _values(frame, 'cem_nb', 'cem_nb {}'), seconds and f'median of a run: {", ".join(seconds)}']
+    said = [_values(frame, 'date', 'computed {}'), _values(frame, 'hardware', 'on {}'),
+            _values(frame, 'torch', 'torch {}'), _values(frame, 'cem_nb', 'cem_nb {}'), seconds and f'median of a run: {", ".join(seconds)}']
     return '; '.join(filter(None, said))
 
-# %% ../nbs/5_run/07_show.ipynb #a95e59e9
+# %% ../nbs/5_run/07_show.ipynb #c0eef40b
 def _text(values: pd.Series, digits: int, sign: str = '') -> str:
     "Mean ± interval of what is not nan."
     values = values.dropna()
@@ -101,7 +101,7 @@ def _cell(values: pd.Series, lost: int, digits: int, sign: str = '') -> str:
     text = _text(values, digits, sign)
     return text if not lost else 'diverged' if text == 'none' else f'{text} ({lost} diverged)'
 
-# %% ../nbs/5_run/07_show.ipynb #3e02fde6
+# %% ../nbs/5_run/07_show.ipynb #6c22c52d
 def lost_scores(
     frame: pd.DataFrame,  # of runs
 ) -> pd.DataFrame:        # bool; acc_test and the scores
@@ -112,7 +112,7 @@ def lost_scores(
         if (took := f'seconds_{s.attack}') in frame: lost[c] &= frame.acc_test.isna() | frame[took].notna()
     return lost
 
-# %% ../nbs/5_run/07_show.ipynb #db1dd8ef
+# %% ../nbs/5_run/07_show.ipynb #747fef5f
 def _heading(s: Score, change: bool) -> tuple[str, str]:
     "Attack, and metric with the part; with the unit of a change, or an arrow to where more privacy is."
     m = s.about
@@ -129,7 +129,7 @@ def _cells(rows: pd.DataFrame, lost: dict | pd.Series, table: int, heading: str,
         cells[heading, *_heading(s, change)] = _cell(rows[c], lost.get(c, 0), digits, sign)
     return cells
 
-# %% ../nbs/5_run/07_show.ipynb #831c4757
+# %% ../nbs/5_run/07_show.ipynb #481918ef
 def _paper_heading(table: int) -> str: return f'paper, {PAPER[table].data}'
 
 
@@ -144,7 +144,7 @@ def _paper_cells(row: pd.DataFrame, table: int) -> dict:
     cells = {_heading(s, False): row[c].item() for c, s in shown_columns(row, table).items()}
     return {(_paper_heading(table), *k): v for k, v in ({('', 'Acc. ↑'): row.acc_test.item()} | cells).items()}
 
-# %% ../nbs/5_run/07_show.ipynb #00367bae
+# %% ../nbs/5_run/07_show.ipynb #46cdf10b
 def _styled(rows: dict[str, dict], text: str) -> 'pd.io.formats.style.Styler':
     "A table with a heading of several lines, rows with CEM in colour."
     table = pd.DataFrame.from_dict(rows, orient='index').fillna('')
@@ -153,24 +153,27 @@ def _styled(rows: dict[str, dict], text: str) -> 'pd.io.formats.style.Styler':
     shade = lambda r: [tint if r.name.endswith(('+CEM', 'w/ CEM')) else '']*len(r)
     return table.style.apply(shade, axis=1).set_caption(text)
 
-# %% ../nbs/5_run/07_show.ipynb #8a9a4987
+# %% ../nbs/5_run/07_show.ipynb #a2c60771
 def score_table(
     frame: pd.DataFrame,  # of runs
     table: int,           # of the paper, 1 to 8
 ) -> 'pd.io.formats.style.Styler':
     "Accuracy in % and the table's metrics for every row, ours beside the paper's; mean ± 95 % interval over seeds."
-    printed, means, n = _of_attacks(as_runs(paper_text(table)), attacks_in(frame)), averages(frame), len(paired(frame))
+    printed = _of_attacks(as_runs(paper_text(table)), attacks_in(frame))
+    means, n = averages(frame), len(paired(frame))
     of = lambda runs, defense, cem: runs[(runs.defense == defense) & (runs.cem.astype(bool) == cem)]
     rows = {}
     for d, cem in _rows(frame):
         ours = of(frame, d, cem)
-        rows[row_name(d, cem)] = _cells(ours, lost_scores(ours).sum(), table, 'this run') | _paper_cells(of(printed, d, cem), table)
+        rows[row_name(d, cem)] = _cells(ours, lost_scores(ours).sum(), table, 'this run')
+        rows[row_name(d, cem)] |= _paper_cells(of(printed, d, cem), table)
     for cem, name in ((False, 'Average w/o CEM'), (True, 'Average w/ CEM')):
-        rows[name] = _cells(of(means, 'Average', cem), {}, table, 'this run') | _paper_cells(of(printed, 'Average', cem), table)
-    return _styled(rows, f'{caption(frame)}. Averages: this run over its {n} defence{"s"*(n != 1)}, the paper over 7, as '
-                         'printed. Test images are what the paper calls "Infer"')
+        rows[name] = _cells(of(means, 'Average', cem), {}, table, 'this run')
+        rows[name] |= _paper_cells(of(printed, 'Average', cem), table)
+    return _styled(rows, f'{caption(frame)}. Averages: this run over its {n} defence{"s"*(n != 1)}, the paper over 7, '
+                         'as printed. Test images are what the paper calls "Infer"')
 
-# %% ../nbs/5_run/07_show.ipynb #ce5de08c
+# %% ../nbs/5_run/07_show.ipynb #dd6c203b
 def _with_mean(g: pd.DataFrame, defenses: list[str]) -> pd.DataFrame:
     "Gains of these defences, and the mean over them seed by seed."
     g = g[g.defense.isin(defenses)]
@@ -191,7 +194,7 @@ def gain_table(
             rows[d] |= _cells(g, diverged.get(d, {}), table, heading, change=True)
     return _styled(rows, f'What CEM changes; "mean" is the mean of the rows above. {caption(frame)}')
 
-# %% ../nbs/5_run/07_show.ipynb #58ad4892
+# %% ../nbs/5_run/07_show.ipynb #520593bb
 def _average_change(frame: pd.DataFrame, columns: list[str]) -> str:
     "The average change over the defences in one metric, mean of several attacks: both ways for a percentage."
     if not columns: return 'none'
@@ -213,14 +216,15 @@ def headline_table(
         metric, part = key.rsplit('_', 1)
         columns = lambda runs, attacks: [c for a in attacks if (c := f'{key}_{a}') in runs]
         rows[f'{METRICS[metric].label}, {part}'] = {
-            'paper, as printed': stated.get(key, 'none'), 'paper, from its rows': _average_change(paper, columns(paper, attacks_in(paper))),
+            'paper, as printed': stated.get(key, 'none'),
+            'paper, from its rows': _average_change(paper, columns(paper, attacks_in(paper))),
             'this run': _average_change(frame, columns(frame, common))}
     how = 'Averages over the defences, without → with CEM. ' if 'psnr_test' in stated else (
         'Ratio of the averages over the defences, and in brackets the mean of their ratios. ')
     return pd.DataFrame.from_dict(rows, orient='index').style.set_caption(
         f'{how}The paper: mean of both attacks; this run: {" and ".join(map(attack_label, common))}')
 
-# %% ../nbs/5_run/07_show.ipynb #989cc0ec
+# %% ../nbs/5_run/07_show.ipynb #b0c5f3c6
 @dataclass(frozen=True)
 class Verdict:
     "Counts of the defences by column of scores on test images; `str` puts them in sentences."
@@ -239,13 +243,14 @@ class Verdict:
     def _line(self, column: str, s: Score) -> str:
         t, m = self.ours[column], s.about
         words = ('raises', 'lowers')[::m.sign]
-        line = (f'CEM {words[0]} the {m.label} of the {attack_label(s.attack)} on test images for {t.harder} of {t.total} '
-                f'defences, for {t.cheap} of them at a cost of at most {self.cost:g} point{"s"*(self.cost != 1)} of accuracy')
+        cost = f'{self.cost:g} point{"s"*(self.cost != 1)} of accuracy'
+        line = (f'CEM {words[0]} the {m.label} of the {attack_label(s.attack)} on test images for {t.harder} of '
+                f'{t.total} defences, for {t.cheap} of them at a cost of at most {cost}')
         if t.easier: line += f'; it {words[1]} it for {t.easier}'
         if not (p := self.paper.get(column)): return line
         return f'{line}; the paper, so counted, has {p.harder} and {p.cheap} of {p.total}'
 
-# %% ../nbs/5_run/07_show.ipynb #3f7b231f
+# %% ../nbs/5_run/07_show.ipynb #64d42888
 def verdict(
     frame: pd.DataFrame,  # of runs
     table: int,           # of the paper, 1 to 8
@@ -257,9 +262,9 @@ def verdict(
     return Verdict({c: tally(frame, c, cost) for c in columns},
                    {c: tally(paper, c, cost) for c in columns if c in paper}, tuple(lost.unique()), cost)
 
-# %% ../nbs/5_run/07_show.ipynb #8f6fb4d2
-WITHOUT = dict(color=COLORS['without CEM'], marker='|', linewidths=2.5)
-WITH = dict(color=COLORS['with CEM'], marker='o')
+# %% ../nbs/5_run/07_show.ipynb #a5e57df5
+WITHOUT = dict(color=COLORS['without CEM'], marker='|', s=90, lw=2.5, label='without CEM')
+WITH = dict(color=COLORS['with CEM'], marker='o', s=36, lw=1, label='with CEM')
 
 
 def _pairs(ax: plt.Axes, frame: pd.DataFrame, column: str):
@@ -270,23 +275,24 @@ def _pairs(ax: plt.Axes, frame: pd.DataFrame, column: str):
     at = np.arange(len(defenses))
     ax.hlines(at, mean[False], mean[True], color=COLORS['without CEM'], lw=1.2, zorder=1)
     for cem, style in ((False, WITHOUT), (True, WITH)):
-        ax.scatter(mean[cem], at, s=90 if style is WITHOUT else 36, zorder=3, label='with CEM' if cem else 'without CEM', **style)
+        ax.scatter(mean[cem], at, zorder=3, **style)
+        if frame.seed.nunique() == 1: continue
         seeds = frame[frame.cem.astype(bool) == cem]
-        if frame.seed.nunique() > 1:
-            ax.scatter(seeds[column], seeds.defense.map(defenses.index) + 0.28, s=8, color=style['color'], marker=style['marker'], lw=1)
+        ax.scatter(seeds[column], seeds.defense.map(defenses.index) + 0.28, **style | dict(s=8, lw=1, label=None))
 
-# %% ../nbs/5_run/07_show.ipynb #147301ab
+# %% ../nbs/5_run/07_show.ipynb #99958a8c
 def _score_panel(ax: plt.Axes, frame: pd.DataFrame, column: str, score: Score):
     "The pairs of one metric and attack; an error begins at 0."
     m = score.about
     _pairs(ax, frame, column)
-    ax.set(title=f'{m.label}, {attack_label(score.attack)}', xlabel='more private →' if m.sign > 0 else '← more private')
+    side = 'more private →' if m.sign > 0 else '← more private'
+    ax.set(title=attack_label(score.attack), xlabel=f'{m.label}\n{side}')
     if m.unit == '%' and (top := frame[column].max()) > 0: ax.set_xlim(0, 1.08*top)
 
 
 def _grid(defenses: list[str], n_rows: int, n_columns: int) -> tuple[plt.Figure, np.ndarray]:
     "Panels with the defences, named once, from top to bottom."
-    size = 1.9*n_columns + 1, (0.25*len(defenses) + 0.85)*n_rows + 0.4
+    size = 1.9*n_columns + 1, (0.25*len(defenses) + 1)*n_rows + 0.4
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout='constrained')
     axes[0, 0].set(yticks=range(len(defenses)), yticklabels=defenses, ylim=(len(defenses) - 0.4, -0.6))
     for ax in axes.flat: ax.locator_params(axis='x', nbins=4)
@@ -295,8 +301,8 @@ def _grid(defenses: list[str], n_rows: int, n_columns: int) -> tuple[plt.Figure,
 
 def _pair_panels(frame: pd.DataFrame, columns: dict[str, Score], extra: int = 0) -> tuple[plt.Figure, np.ndarray]:
     "Metrics in rows, attacks in columns, then `extra` columns left empty, and the accuracy."
-    metrics, attacks = (list(dict.fromkeys(v)) for v in zip(*((s.metric, s.attack) for s in columns.values()))) if columns else ([''], [])
-    fig, axes = _grid(list(frame.defense.unique()), len(metrics), len(attacks) + extra + 1)
+    metrics, attacks = (list(dict.fromkeys(getattr(s, k) for s in columns.values())) for k in ('metric', 'attack'))
+    fig, axes = _grid(list(frame.defense.unique()), max(len(metrics), 1), len(attacks) + extra + 1)
     for c, s in columns.items(): _score_panel(axes[metrics.index(s.metric), attacks.index(s.attack)], frame, c, s)
     _pairs(axes[0, -1], frame, 'acc_test')
     axes[0, -1].set(title='accuracy', xlabel='% of test images')
@@ -304,29 +310,28 @@ def _pair_panels(frame: pd.DataFrame, columns: dict[str, Score], extra: int = 0)
     return fig, axes
 
 
-def _legend(fig: plt.Figure, axes: np.ndarray):
+def _legend(fig: plt.Figure, axes: np.ndarray, title: str | None = None):
     "One line over the panels that names every mark once."
     found = dict(pair[::-1] for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels()))
-    fig.legend(found.values(), found, loc='outside upper center', ncols=len(found))
+    fig.legend(found.values(), found, title=title, loc='outside upper center', ncols=len(found))
 
-# %% ../nbs/5_run/07_show.ipynb #e5a646b2
+# %% ../nbs/5_run/07_show.ipynb #3a6ae6ce
 def plot_paper(
     table: int,  # of the paper, 1 to 8
 ) -> plt.Figure:
     "The paper's own rows: metrics on test images and accuracy of every defence, without and with CEM."
     paper = paper_runs(table)
     fig, axes = _pair_panels(paper, shown_columns(paper, table, parts=('test',)))
-    fig.suptitle(f'Table {table} of the paper, {PAPER[table].data}', fontsize='medium')
-    _legend(fig, axes)
+    _legend(fig, axes, f'Table {table} of the paper, {PAPER[table].data}')
     return fig
 
-# %% ../nbs/5_run/07_show.ipynb #ca35bb0f
+# %% ../nbs/5_run/07_show.ipynb #a6a8b9a2
 def _change_axis(ax: plt.Axes, metric: str, values: np.ndarray, single: bool):
     "Title, band and scale of a panel of changes."
     m = METRICS[metric]
     ax.axvline(0, color=COLORS['exact'], lw=0.8, zorder=0)
     if single: ax.axvspan(-m.margin, m.margin, color=COLORS['without CEM'], alpha=0.2, lw=0, zorder=0)
-    ax.set(title=f'change of {m.label}', xlabel=f'by CEM{", "*bool(m.unit)}{m.unit}')
+    ax.set(title='change by CEM', xlabel=f'{m.label}{", "*bool(m.unit)}{m.unit}')
     if m.unit == '%' and values.size and values.max() > 100:
         ax.set_xscale('function', functions=(lambda v: np.log1p(np.clip(v, -99, None)/100), lambda v: 100*np.expm1(v)))
         ticks = np.array([-90, -75, -50, 0, 100, 400, 1600])
@@ -336,12 +341,12 @@ def _change_axis(ax: plt.Axes, metric: str, values: np.ndarray, single: bool):
 
 def _changes(ax: plt.Axes, g: pd.DataFrame, column: str, defenses: list[str], shift: float, **style):
     "Mean change of every defence, with its interval over the seeds."
-    by = g.groupby('defense')[column].agg(lambda v: mean_interval(v.dropna())[0] if v.notna().any() else math.nan)
-    half = g.groupby('defense')[column].agg(lambda v: mean_interval(v.dropna())[1] if v.notna().sum() > 1 else 0.0)
+    by = {d: mean_interval(v) for d, v in g[g[column].notna()].groupby('defense')[column]}
+    mean, half = np.array([by.get(d, (math.nan, math.nan)) for d in defenses]).T
     at = np.arange(len(defenses)) + shift
-    ax.errorbar(by.reindex(defenses), at, xerr=half.reindex(defenses).fillna(0), linestyle='none', ms=5, **style)
+    ax.errorbar(mean, at, xerr=np.nan_to_num(half), linestyle='none', **dict(ms=5) | style)
 
-# %% ../nbs/5_run/07_show.ipynb #1414a2f2
+# %% ../nbs/5_run/07_show.ipynb #6eba63a7
 def _change_panel(ax: plt.Axes, frame: pd.DataFrame, table: int, columns: dict[str, Score]):
     "What CEM changes in one metric: our attacks, and the paper's as open marks of the same shapes."
     g, defenses = gains(frame), list(frame.defense.unique())
@@ -350,7 +355,8 @@ def _change_panel(ax: plt.Axes, frame: pd.DataFrame, table: int, columns: dict[s
     for i, (c, s) in enumerate(columns.items()):
         shift, style = 0.5*((i + 0.5)/len(columns) - 0.5), attack_style(s.attack)
         if c in paper:
-            _changes(ax, paper, c, defenses, shift, marker=style['marker'], color=COLORS['paper'], mfc='none', label='the paper')
+            theirs = style | dict(color=COLORS['paper'], mfc='none', ms=9, label='paper')
+            _changes(ax, paper, c, defenses, shift, **theirs)
             seen.append(paper[c].to_numpy())
         _changes(ax, g, c, defenses, shift, **style, label=attack_label(s.attack))
     values = np.concatenate(seen)
@@ -372,7 +378,7 @@ def plot_gains(
     _legend(fig, axes)
     return fig
 
-# %% ../nbs/5_run/07_show.ipynb #400f3d26
+# %% ../nbs/5_run/07_show.ipynb #0418009e
 def first_runs(
     frame: pd.DataFrame,              # of runs
     open_run: Callable[[str], Any],   # from the name in column `run` to the run itself
@@ -384,7 +390,7 @@ def first_runs(
 
 
 def plot_examples(
-    runs: dict[str, Any],   # by the name of the row; each has `examples(n, attack)`, which gives images and reconstructions
+    runs: dict[str, Any],   # by the name of the row; `examples(n, attack)` of each gives images and reconstructions
     attacks: list[str],     # to be shown side by side
     n: int = 6,             # test images
 ) -> plt.Figure:
