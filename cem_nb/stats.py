@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'Metric', 'Score', 'score_columns', 'attacks_in', 'mean_interval', 'row_name', 'gains', 'paired',
            'averages', 'direction', 'Tally', 'tally', 'counting_rule']
 
-# %% ../nbs/5_run/06_stats.ipynb #5875380f
+# %% ../nbs/5_run/06_stats.ipynb #e387c339
 import math, re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from scipy import stats
 
 from .core import Registry
 
-# %% ../nbs/5_run/06_stats.ipynb #b5fa7bf6
+# %% ../nbs/5_run/06_stats.ipynb #d3a7e720
 class Metric(NamedTuple):
     "How a score of an attack is written and read."
     label: str
@@ -37,14 +37,14 @@ class Metric(NamedTuple):
         "From `before` to `after`: in percent, or as a difference."
         return 100*(after/before - 1) if self.unit == '%' else after - before
 
-# %% ../nbs/5_run/06_stats.ipynb #37eafb2c
+# %% ../nbs/5_run/06_stats.ipynb #1b1dde2c
 METRICS = Registry('metric')
 METRICS['mse'] = Metric('MSE', '↑', 4, '%', 1, margin=5)
 METRICS['ssim'] = Metric('SSIM', '↓', 3, '', 3, margin=0.01)
 METRICS['ssim_zero'] = Metric('SSIM, zero-padded', '↓', 3, '', 3, margin=0.01)
 METRICS['psnr'] = Metric('PSNR', '↓', 2, 'dB', 2, margin=0.2)
 
-# %% ../nbs/5_run/06_stats.ipynb #16f814e8
+# %% ../nbs/5_run/06_stats.ipynb #9fc48702
 class Score(NamedTuple):
     "What a column of scores holds."
     metric: str  # in METRICS
@@ -69,7 +69,7 @@ def attacks_in(
     "The attacks whose scores a frame holds."
     return list(dict.fromkeys(s.attack for s in score_columns(frame).values()))
 
-# %% ../nbs/5_run/06_stats.ipynb #ddf140f7
+# %% ../nbs/5_run/06_stats.ipynb #5684ee77
 def mean_interval(
     values: ArrayLike,     # at least one number
 ) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def mean_interval(
     if len(v) < 2: return v.mean(), math.nan
     return v.mean(), stats.t.ppf(0.975, len(v) - 1)*v.std(ddof=1)/math.sqrt(len(v))
 
-# %% ../nbs/5_run/06_stats.ipynb #29a2d5f7
+# %% ../nbs/5_run/06_stats.ipynb #d7f5b5d3
 def _by_run(frame: pd.DataFrame) -> pd.DataFrame:
     "The frame with an index defense, seed, cem. Raises `ValueError` if two runs are the same row and seed."
     index = ['defense', 'seed', 'cem']
@@ -92,7 +92,7 @@ def row_name(defense: str, cem: bool) -> str:
     "The name of a table's row, such as DistCorr+CEM."
     return defense + '+CEM'*bool(cem)
 
-# %% ../nbs/5_run/06_stats.ipynb #1123d40c
+# %% ../nbs/5_run/06_stats.ipynb #fa257665
 def gains(
     frame: pd.DataFrame,  # of runs, or of `averages`
 ) -> pd.DataFrame:  # one row a defence and seed; acc_test in points, scores in the unit of their metric's change
@@ -116,7 +116,7 @@ def paired(
     with_cem = set(frame.defense[frame.cem.astype(bool)])
     return [d for d in frame.defense[~frame.cem.astype(bool)].unique() if d in with_cem]
 
-# %% ../nbs/5_run/06_stats.ipynb #25746d8d
+# %% ../nbs/5_run/06_stats.ipynb #808be9ae
 def averages(
     frame: pd.DataFrame,  # of runs
 ) -> pd.DataFrame:        # rows like those of `frame`, with defense Average
@@ -128,7 +128,7 @@ def averages(
         mean[c] = both.groupby('seed').mean().rename_axis(columns='cem').stack()
     return pd.DataFrame(mean).reset_index().assign(defense='Average').astype({'cem': bool})
 
-# %% ../nbs/5_run/06_stats.ipynb #1c929fa1
+# %% ../nbs/5_run/06_stats.ipynb #638ef22f
 def direction(
     changes: ArrayLike,  # of a defence, one for each seed, in the unit of the metric's change; nan where lost
     metric: Metric,
@@ -141,7 +141,7 @@ def direction(
     least = metric.margin if len(v) == 1 else half
     return int(mean > least) - int(mean < -least)
 
-# %% ../nbs/5_run/06_stats.ipynb #af2e340e
+# %% ../nbs/5_run/06_stats.ipynb #4e0373ef
 @dataclass(frozen=True)
 class Tally:
     "For how many defences CEM changes what an attack achieves."
@@ -163,7 +163,7 @@ def tally(
     cheap = by.acc_test.mean().round(6) >= -cost
     return Tally(int((way > 0).sum()), int(((way > 0) & cheap).sum()), int((way < 0).sum()), len(way))
 
-# %% ../nbs/5_run/06_stats.ipynb #629d4b88
+# %% ../nbs/5_run/06_stats.ipynb #9afaf963
 def counting_rule(
     metrics: list[Metric],  # that are counted
 ) -> str:

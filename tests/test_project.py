@@ -121,7 +121,7 @@ def test_the_wheel_carries_the_papers_numbers(tmp_path):
     pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
     subprocess.run([*pip, 'install', '--no-deps', '--no-build-isolation', '--prefix', tmp_path/'env', tmp_path/'src'], check=True)
     site = next((tmp_path/'env').glob('lib/python*/site-packages'))
-    code = ('import cem_nb.stats as r\n'
+    code = ('import cem_nb.paper as r\n'
             f'assert r.__file__.startswith({str(tmp_path)!r}), r.__file__\n'
             'assert r.paper_numbers(1).loc[("Bottleneck", False), "accuracy"] == 90.87')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
