@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['macs', 'Timing', 'time_inference', 'Work', 'cost_table', 'paper_cost', 'show_cost', 'plot_cost']
 
-# %% ../nbs/5_run/08_cost.ipynb #d526ff98
+# %% ../nbs/5_run/08_cost.ipynb #b1bfb6f7
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from .models import SplitModel, n_params
 from .paper import paper_csv
 from .style import COLORS
 
-# %% ../nbs/5_run/08_cost.ipynb #5be3f838
+# %% ../nbs/5_run/08_cost.ipynb #b019f68f
 @contextmanager
 def _inference(*modules: nn.Module):
     "Eval mode without gradients; afterwards every submodule is back in its own mode, frozen batch norms included."
@@ -35,14 +35,14 @@ def _inference(*modules: nn.Module):
     finally:
         for m, training in was: m.training = training
 
-
+# %% ../nbs/5_run/08_cost.ipynb #3f0cdcb6
 def _input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     "The sizes of one input, if they are whole numbers > 0; else `ValueError`."
     shape = tuple(shape)
     if shape and all(isinstance(s, int) and s > 0 for s in shape): return shape
     raise ValueError(f'input_shape is {shape}; give the whole numbers > 0 of one input, such as (3, 32, 32)')
 
-# %% ../nbs/5_run/08_cost.ipynb #76108742
+# %% ../nbs/5_run/08_cost.ipynb #1d08f114
 def macs(
     module: nn.Module,             # any network whose forward takes one tensor
     input_shape: tuple[int, ...],  # of one input without the batch, such as [C, H, W]
@@ -59,7 +59,7 @@ def macs(
             raise ValueError(f'the network cannot take one input of {shape}, batch not counted: {why}') from None
     return counter.get_total_flops()//2
 
-# %% ../nbs/5_run/08_cost.ipynb #e68ece9b
+# %% ../nbs/5_run/08_cost.ipynb #db1811fa
 def _mark(device: torch.device) -> 'float | torch.cuda.Event':
     "This moment on the device's clock."
     if device.type == 'cpu': return time.perf_counter()
@@ -67,14 +67,14 @@ def _mark(device: torch.device) -> 'float | torch.cuda.Event':
     event.record(torch.cuda.current_stream(device))
     return event
 
-
+# %% ../nbs/5_run/08_cost.ipynb #e0d4fb58
 def _between(start, end) -> float:
     "Seconds from one mark to a later one."
     if isinstance(start, float): return end - start
     end.synchronize()
     return start.elapsed_time(end)/1000  # events count milliseconds
 
-# %% ../nbs/5_run/08_cost.ipynb #2d3312ae
+# %% ../nbs/5_run/08_cost.ipynb #8bb80704
 def _seconds(
     calls: list[Callable[[], object]],  # what is measured
     device: torch.device,               # where it runs
@@ -93,7 +93,7 @@ def _seconds(
             row[i, 1] = _mark(device)
     return np.array([[_between(*pair) for pair in row] for row in marks[warmup:]])
 
-# %% ../nbs/5_run/08_cost.ipynb #c6f46518
+# %% ../nbs/5_run/08_cost.ipynb #b40f3ec7
 class Timing(NamedTuple):
     "Seconds a call."
     median: float
@@ -101,11 +101,11 @@ class Timing(NamedTuple):
     q75: float    # a quarter took more
     mean: float
 
-
+# %% ../nbs/5_run/08_cost.ipynb #62f1ea37
 def _timing(seconds: np.ndarray) -> Timing:
     return Timing(*np.quantile(seconds, (0.5, 0.25, 0.75)).tolist(), float(seconds.mean()))
 
-# %% ../nbs/5_run/08_cost.ipynb #036bee7e
+# %% ../nbs/5_run/08_cost.ipynb #5e446680
 def time_inference(
     module: nn.Module,  # any network whose forward takes one tensor
     x: Tensor,          # a batch, [B, ...], on the network's device
@@ -122,7 +122,7 @@ def time_inference(
     finite_tensor(x, 'x')
     with _inference(module): return _timing(_seconds([partial(module, x)], x.device, warmup, repeats)[:, 0])
 
-# %% ../nbs/5_run/08_cost.ipynb #793b580e
+# %% ../nbs/5_run/08_cost.ipynb #02ff4657
 def _common_place(models: dict[str, SplitModel]) -> tuple[torch.device, torch.dtype]:
     "Device and dtype of all the networks. Raises `ValueError` if they cannot be compared."
     if not models: raise ValueError('there is no network to measure; give at least one')
@@ -138,7 +138,7 @@ def _common_place(models: dict[str, SplitModel]) -> tuple[torch.device, torch.dt
                          'bring all networks to one order with .to(memory_format=torch.contiguous_format)')
     return places.pop()
 
-# %% ../nbs/5_run/08_cost.ipynb #35bb14b7
+# %% ../nbs/5_run/08_cost.ipynb #ac3ef5bf
 class Work(NamedTuple):
     "What one side of a network has to store and to do for one image."
     params: int
@@ -146,7 +146,7 @@ class Work(NamedTuple):
 
     def with_other(self, side: 'Work') -> 'Work': return Work(self.params + side.params, self.macs + side.macs)
 
-
+# %% ../nbs/5_run/08_cost.ipynb #c3f927cc
 def _two_sides(model: SplitModel, x: Tensor) -> tuple[list[Work], list[Callable[[], Tensor]]]:
     "Work of the encoder and of the server, and a call of each for the batch `x`."
     encoder = Work(n_params(model.encoder), macs(model.encoder, x.shape[1:]))  # an image it cannot take stops here
@@ -154,7 +154,7 @@ def _two_sides(model: SplitModel, x: Tensor) -> tuple[list[Work], list[Callable[
     server = Work(n_params(model.server), macs(model.server, z.shape[1:]))
     return [encoder, server], [partial(model.smash, x), partial(model.server, z)]
 
-# %% ../nbs/5_run/08_cost.ipynb #dfe47110
+# %% ../nbs/5_run/08_cost.ipynb #6210dd86
 def _side_rows(method: str, work: list[Work], seconds: np.ndarray) -> list[dict]:  # seconds [repeats, 2]
     "Encoder, server and whole of one network; the whole is the sum of both in the same repetition."
     rows = []
@@ -165,7 +165,7 @@ def _side_rows(method: str, work: list[Work], seconds: np.ndarray) -> list[dict]
                          ms_q75=t.q75, ms_100=100*t.mean))
     return rows
 
-# %% ../nbs/5_run/08_cost.ipynb #9aee7a3d
+# %% ../nbs/5_run/08_cost.ipynb #3cf7d6cd
 def cost_table(
     models: dict[str, SplitModel],       # name of the row to network; all of one device, dtype and memory format
     image_shape: tuple[int, int, int],   # [C, H, W]
@@ -189,12 +189,12 @@ def cost_table(
     rows = [r for name, (work, _), took in zip(models, sides, parts) for r in _side_rows(name, work, took)]
     return pd.DataFrame(rows).assign(batch_size=size, repeats=repeats, **provenance(device))
 
-# %% ../nbs/5_run/08_cost.ipynb #2006bd38
+# %% ../nbs/5_run/08_cost.ipynb #d1595320
 def paper_cost() -> pd.DataFrame:  # index method, side; columns parameters, macs and infer_time_ms, text as printed
     "Table 9 of the paper, as printed. Raises `FileNotFoundError` if the CSV is neither in the project nor installed."
     return paper_csv('table_9.csv').set_index(['method', 'side'])
 
-# %% ../nbs/5_run/08_cost.ipynb #060e80cc
+# %% ../nbs/5_run/08_cost.ipynb #624ce2b1
 def _ours(r, digits: int) -> dict[tuple[str, str], str]:  # a row of `cost_table`
     "Cells of one side of a network."
     ms = f'{r.ms:.{digits}f} ({r.ms_q25:.{digits}f} to {r.ms_q75:.{digits}f})'
@@ -202,7 +202,7 @@ def _ours(r, digits: int) -> dict[tuple[str, str], str]:  # a row of `cost_table
              'ms, 100 batches': f'{r.ms_100:,.{digits - 1}f}'}
     return {('this run', k): v for k, v in cells.items()}
 
-
+# %% ../nbs/5_run/08_cost.ipynb #dd5799b2
 def _theirs(r, paper: pd.DataFrame) -> dict[tuple[str, str], str]:
     "Cells of the paper for one side of a network, if it has such a network."
     printed = ('PATROL' if r.method == 'PATROL' else 'OTHERS'), r.side
@@ -211,21 +211,23 @@ def _theirs(r, paper: pd.DataFrame) -> dict[tuple[str, str], str]:
     cells = {'parameters': p.parameters, 'MACs an image': p.macs, 'ms, 100 batches': p.infer_time_ms}
     return {('paper: RTX 4090, batches of 128', k): v for k, v in cells.items()}
 
-# %% ../nbs/5_run/08_cost.ipynb #def86f24
+# %% ../nbs/5_run/08_cost.ipynb #c1a96370
 def show_cost(
     table: pd.DataFrame,                 # of `cost_table`
     paper: pd.DataFrame | None = None,   # of `paper_cost`; None: the paper has no such networks
 ) -> 'pd.io.formats.style.Styler':
     "Each network's sides and the whole, ours beside the paper's; time as median (quartiles)."
     first, digits = table.iloc[0], 1 if table.ms.min() >= 10 else 3
-    rows = {(r.method, r.side): _ours(r, digits) | ({} if paper is None else _theirs(r, paper)) for r in table.itertuples()}
+    rows = {(r.method, r.side): _ours(r, digits) for r in table.itertuples()}
+    if paper is not None:
+        for r in table.itertuples(): rows[r.method, r.side] |= _theirs(r, paper)
     out = pd.DataFrame.from_dict(rows, orient='index').fillna('')
     out.columns = pd.MultiIndex.from_tuples(out.columns)
     tint = f'background-color: {COLORS["with CEM"]}22'
     return out.style.apply(lambda r: [tint if r.name[1] == 'encoder' else '']*len(r), axis=1).set_caption(
         f'batches of {first.batch_size} images, {first.repeats} timed; on {first.hardware}, torch {first.torch}')
 
-# %% ../nbs/5_run/08_cost.ipynb #c1fa6659
+# %% ../nbs/5_run/08_cost.ipynb #2c67f817
 def _times(ax: plt.Axes, rows: pd.DataFrame):  # rows of one side
     "Medians as dots on the lines of their quartiles."
     at, color = np.arange(len(rows)), COLORS['with CEM']
@@ -234,7 +236,7 @@ def _times(ax: plt.Axes, rows: pd.DataFrame):  # rows of one side
     ax.set(xlabel=f'{rows.side.iloc[0]}: ms for {rows.batch_size.iloc[0]} images', xlim=(0, 1.1*rows.ms_q75.max()),
            yticks=at, yticklabels=rows.method, ylim=(len(rows) - 0.5, -0.5))
 
-
+# %% ../nbs/5_run/08_cost.ipynb #a0784a60
 def plot_cost(
     table: pd.DataFrame,  # of `cost_table`
 ) -> plt.Figure:

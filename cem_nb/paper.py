@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'PaperTable', 'paper_csv', 'paper_text', 'paper_numbers', 'as_runs', 'paper_runs', 'errata_table']
 
-# %% ../nbs/5_run/05_paper.ipynb #4f99d651
+# %% ../nbs/5_run/05_paper.ipynb #69856ca4
 from importlib.metadata import files
 from typing import NamedTuple
 
@@ -14,21 +14,21 @@ import pandas as pd
 
 from .core import project_dir
 
-# %% ../nbs/5_run/05_paper.ipynb #7c3f8971
+# %% ../nbs/5_run/05_paper.ipynb #1bbecfb3
 class PaperTable(NamedTuple):
     "What a table of the paper is about."
     data: str               # the data set
     stated: dict[str, str]  # <metric>_<part> to the average change that the text states, as printed
 
-
+# %% ../nbs/5_run/05_paper.ipynb #da51a204
 def _mse(data: str, train: str, test: str) -> PaperTable:
     return PaperTable(data, {'mse_train': train, 'mse_test': test})
 
-
+# %% ../nbs/5_run/05_paper.ipynb #1afbc289
 def _likeness(data: str, ssim: str, psnr: str) -> PaperTable:
     return PaperTable(data, {'ssim_zero_test': ssim, 'psnr_test': psnr})
 
-# %% ../nbs/5_run/05_paper.ipynb #09e28a05
+# %% ../nbs/5_run/05_paper.ipynb #5a9fb4be
 PAPER = {
     1: _mse('CIFAR-10', '+24.0 %', '+12.9 %'),
     2: _mse('TinyImageNet', '+19.4 %', '+17.7 %'),
@@ -40,7 +40,7 @@ PAPER = {
     8: _mse('CIFAR-100', '+40.5 %', '+44.8 %'),
 }
 
-# %% ../nbs/5_run/05_paper.ipynb #1613fa42
+# %% ../nbs/5_run/05_paper.ipynb #6fa2be62
 def paper_csv(
     name: str,  # of a file in `data/paper/`
 ) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def paper_csv(
         if path is None: raise FileNotFoundError(f'{name} did not come with cem_nb; install it from its repository')
     return pd.read_csv(path, dtype=str)
 
-# %% ../nbs/5_run/05_paper.ipynb #dd7dea88
+# %% ../nbs/5_run/05_paper.ipynb #d05b2e1d
 def paper_text(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # index method, cem; columns accuracy and <metric>_<attack>, in the paper's words
@@ -64,14 +64,14 @@ def paper_text(
     order = pd.MultiIndex.from_frame(t[['method', 'cem']].drop_duplicates())
     return t.pivot(index=['method', 'cem'], columns='metric', values='value').reindex(order)
 
-
+# %% ../nbs/5_run/05_paper.ipynb #efceb6ed
 def paper_numbers(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # as `paper_text`
     "A table of the paper as numbers. Raises `ValueError` for another table."
     return paper_text(table).astype(float)
 
-# %% ../nbs/5_run/05_paper.ipynb #b6ffa95d
+# %% ../nbs/5_run/05_paper.ipynb #c5b1b917
 def _our_word(column: str) -> str:
     "The name of our column for one of the paper's: mse_infer_gan is mse_test_gan, ssim_gan is ssim_zero_test_gan."
     if column == 'accuracy': return 'acc_test'
@@ -79,7 +79,7 @@ def _our_word(column: str) -> str:
     part = 'train' if part == ['train'] else 'test'
     return f'{"ssim_zero" if metric == "ssim" else metric}_{part}_{attack}'
 
-
+# %% ../nbs/5_run/05_paper.ipynb #6cfa1608
 def as_runs(
     printed: pd.DataFrame,  # of `paper_text` or `paper_numbers`
 ) -> pd.DataFrame:          # columns as of a run of ours; seed 0
@@ -87,14 +87,14 @@ def as_runs(
     rows = printed.rename(columns=_our_word).rename_axis(columns=None).reset_index()
     return rows.rename(columns={'method': 'defense'}).astype({'cem': bool}).assign(seed=0)
 
-
+# %% ../nbs/5_run/05_paper.ipynb #94a9cbb8
 def paper_runs(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # one row a model, without the paper's averages
     "The paper's rows as if they were runs of ours. Raises `ValueError` for another table."
     return as_runs(paper_numbers(table).drop('Average', level='method'))
 
-# %% ../nbs/5_run/05_paper.ipynb #d90a58ad
+# %% ../nbs/5_run/05_paper.ipynb #d5f317f4
 def errata_table(
     table: int,  # of the paper, 1 to 9
 ) -> 'pd.io.formats.style.Styler':

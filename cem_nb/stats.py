@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'Metric', 'Score', 'score_columns', 'attacks_in', 'mean_interval', 'row_name', 'gains', 'paired',
            'averages', 'direction', 'Tally', 'tally', 'counting_rule']
 
-# %% ../nbs/5_run/06_stats.ipynb #e387c339
+# %% ../nbs/5_run/06_stats.ipynb #67eaa4db
 import math, re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from scipy import stats
 
 from .core import Registry
 
-# %% ../nbs/5_run/06_stats.ipynb #d3a7e720
+# %% ../nbs/5_run/06_stats.ipynb #fae71069
 class Metric(NamedTuple):
     "How a score of an attack is written and read."
     label: str
@@ -37,14 +37,14 @@ class Metric(NamedTuple):
         "From `before` to `after`: in percent, or as a difference."
         return 100*(after/before - 1) if self.unit == '%' else after - before
 
-# %% ../nbs/5_run/06_stats.ipynb #1b1dde2c
+# %% ../nbs/5_run/06_stats.ipynb #f8eb2ef9
 METRICS = Registry('metric')
 METRICS['mse'] = Metric('MSE', '↑', 4, '%', 1, margin=5)
 METRICS['ssim'] = Metric('SSIM', '↓', 3, '', 3, margin=0.01)
 METRICS['ssim_zero'] = Metric('SSIM, zero-padded', '↓', 3, '', 3, margin=0.01)
 METRICS['psnr'] = Metric('PSNR', '↓', 2, 'dB', 2, margin=0.2)
 
-# %% ../nbs/5_run/06_stats.ipynb #9fc48702
+# %% ../nbs/5_run/06_stats.ipynb #29df5bfa
 class Score(NamedTuple):
     "What a column of scores holds."
     metric: str  # in METRICS
@@ -54,7 +54,7 @@ class Score(NamedTuple):
     @property
     def about(self) -> Metric: return METRICS[self.metric]
 
-
+# %% ../nbs/5_run/06_stats.ipynb #2900feca
 def score_columns(
     frame: pd.DataFrame,  # of runs
 ) -> dict[str, Score]:    # by column, in the frame's order
@@ -62,14 +62,14 @@ def score_columns(
     found = {c: re.fullmatch(r'(\w+?)_(train|val|test)_(\w+)', c) for c in frame}
     return {c: Score(*m.groups()) for c, m in found.items() if m and m[1] in METRICS}
 
-
+# %% ../nbs/5_run/06_stats.ipynb #18566f9c
 def attacks_in(
     frame: pd.DataFrame,  # of runs
 ) -> list[str]:
     "The attacks whose scores a frame holds."
     return list(dict.fromkeys(s.attack for s in score_columns(frame).values()))
 
-# %% ../nbs/5_run/06_stats.ipynb #5684ee77
+# %% ../nbs/5_run/06_stats.ipynb #f8cee425
 def mean_interval(
     values: ArrayLike,     # at least one number
 ) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def mean_interval(
     if len(v) < 2: return v.mean(), math.nan
     return v.mean(), stats.t.ppf(0.975, len(v) - 1)*v.std(ddof=1)/math.sqrt(len(v))
 
-# %% ../nbs/5_run/06_stats.ipynb #d7f5b5d3
+# %% ../nbs/5_run/06_stats.ipynb #433e8891
 def _by_run(frame: pd.DataFrame) -> pd.DataFrame:
     "The frame with an index defense, seed, cem. Raises `ValueError` if two runs are the same row and seed."
     index = ['defense', 'seed', 'cem']
@@ -87,12 +87,12 @@ def _by_run(frame: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f'{row_name(d, cem)} has two runs of seed {seed}; choose those of one setting first')
     return frame.astype({'cem': bool}).set_index(index)
 
-
+# %% ../nbs/5_run/06_stats.ipynb #04b252c2
 def row_name(defense: str, cem: bool) -> str:
     "The name of a table's row, such as DistCorr+CEM."
     return defense + '+CEM'*bool(cem)
 
-# %% ../nbs/5_run/06_stats.ipynb #fa257665
+# %% ../nbs/5_run/06_stats.ipynb #e6f0fdc1
 def gains(
     frame: pd.DataFrame,  # of runs, or of `averages`
 ) -> pd.DataFrame:  # one row a defence and seed; acc_test in points, scores in the unit of their metric's change
@@ -108,7 +108,7 @@ def gains(
     change = pd.DataFrame({'acc_test': with_cem.acc_test - without.acc_test} | change)
     return change.replace([math.inf, -math.inf], math.nan).reset_index()
 
-
+# %% ../nbs/5_run/06_stats.ipynb #49ff4bf5
 def paired(
     frame: pd.DataFrame,  # of runs
 ) -> list[str]:
@@ -116,7 +116,7 @@ def paired(
     with_cem = set(frame.defense[frame.cem.astype(bool)])
     return [d for d in frame.defense[~frame.cem.astype(bool)].unique() if d in with_cem]
 
-# %% ../nbs/5_run/06_stats.ipynb #808be9ae
+# %% ../nbs/5_run/06_stats.ipynb #58b06b52
 def averages(
     frame: pd.DataFrame,  # of runs
 ) -> pd.DataFrame:        # rows like those of `frame`, with defense Average
@@ -128,7 +128,7 @@ def averages(
         mean[c] = both.groupby('seed').mean().rename_axis(columns='cem').stack()
     return pd.DataFrame(mean).reset_index().assign(defense='Average').astype({'cem': bool})
 
-# %% ../nbs/5_run/06_stats.ipynb #638ef22f
+# %% ../nbs/5_run/06_stats.ipynb #66662fea
 def direction(
     changes: ArrayLike,  # of a defence, one for each seed, in the unit of the metric's change; nan where lost
     metric: Metric,
@@ -141,7 +141,7 @@ def direction(
     least = metric.margin if len(v) == 1 else half
     return int(mean > least) - int(mean < -least)
 
-# %% ../nbs/5_run/06_stats.ipynb #4e0373ef
+# %% ../nbs/5_run/06_stats.ipynb #bd09789a
 @dataclass(frozen=True)
 class Tally:
     "For how many defences CEM changes what an attack achieves."
@@ -150,7 +150,7 @@ class Tally:
     easier: int  # inversion has become easier
     total: int   # defences with a change to count
 
-
+# %% ../nbs/5_run/06_stats.ipynb #09cc7e5a
 def tally(
     frame: pd.DataFrame,  # of runs
     column: str,          # of scores, such as mse_test_gan
@@ -163,7 +163,7 @@ def tally(
     cheap = by.acc_test.mean().round(6) >= -cost
     return Tally(int((way > 0).sum()), int(((way > 0) & cheap).sum()), int((way < 0).sum()), len(way))
 
-# %% ../nbs/5_run/06_stats.ipynb #9afaf963
+# %% ../nbs/5_run/06_stats.ipynb #5d34aecd
 def counting_rule(
     metrics: list[Metric],  # that are counted
 ) -> str:

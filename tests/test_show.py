@@ -1,31 +1,20 @@
-"Tables, the verdict and the pictures of a frame of runs, beside the paper's rows."
+"Tables and the verdict of a frame of runs, beside the paper's rows."
 import math
 import re
 from types import SimpleNamespace
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from matplotlib.colors import to_hex
 
 from cem_nb.paper import PAPER, errata_table, paper_runs
-from cem_nb.show import (attack_label, caption, first_runs, gain_table, headline_table, lost_scores, plot_examples, plot_gains,
-                         plot_paper, provenance_line, score_table, shown_columns, verdict)
-from cem_nb.stats import Tally, gains, mean_interval, tally
+from cem_nb.show import (attack_label, caption, gain_table, headline_table, lost_scores, provenance_line, score_table,
+                         verdict)
+from cem_nb.stats import Tally, mean_interval, tally
 from cem_nb.style import COLORS
 from frames import DEFENCES, MSE_TABLES, SSIM_TABLES, as_run, diverge, made, printed
 
-matplotlib.use('Agg')
 METRIC_LABELS = {'mse': 'MSE', 'ssim_zero': 'SSIM, zero-padded', 'psnr': 'PSNR'}
-
-
-@pytest.fixture(autouse=True)
-def no_figures_left():
-    yield
-    plt.close('all')
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +83,6 @@ def test_ssim_is_compared_as_the_paper_computes_it():
     only = f[[c for c in f if 'ssim_zero' not in c]]  # an older table
     assert 'SSIM, test ↓' in {m for _, m in columns_of(score_table(only, 4).data, 'this run')}
     assert headline_table(only, 4).data.loc['SSIM, zero-padded, test', 'this run'] == 'none'
-    plot_gains(only, 4)
 
 
 def test_tables_of_several_seeds_and_attacks():
@@ -139,7 +127,6 @@ def test_only_what_was_run_is_shown():
     v = verdict(f, 1)
     assert 'of the oracle on test images for 0 of 1 defences' in str(v) and v.lost == () and 'mse_test_oracle' not in v.paper
     assert gain_table(f, 1).data.loc['Dropout', ('this run', 'oracle', 'MSE, test, %')] == 'none'
-    plot_gains(f, 1)
     f['seconds_oracle'] = 1.0  # it was run, and gave nothing
     assert score_table(f, 1).data.loc['Dropout', ('this run', 'oracle', 'MSE, test ↑')] == 'diverged'
 
@@ -151,8 +138,6 @@ def test_a_defence_and_an_attack_that_nobody_registered():
     assert t.loc['Mine+CEM', ('this run', 'my_attack', 'MSE, test ↑')] != 'none'
     assert (t.loc['Mine', [c for c in t if c[0].startswith('paper')]] == '').all()
     assert 'of the my_attack on test images for 2 of 2 defences' in str(verdict(f, 1))
-    change, = [ax for ax in plot_gains(f, 1).axes if ax.get_title() == 'change by CEM']
-    assert 'D' in {line.get_marker() for line in change.lines}
 
 
 def test_lost_runs_are_shown_as_lost():
@@ -172,9 +157,6 @@ def test_lost_runs_are_shown_as_lost():
     assert v.ours['mse_test_decoder'] == Tally(1, 1, 0, 1) and v.lost == ('Bottleneck', 'Dropout')
     assert 'diverged for Bottleneck, Dropout' in str(v)
     assert headline_table(f, 1).data.loc['MSE, train', 'this run'].startswith('+100.0')
-    for table in (1, 4):
-        labels = [t.get_text() for t in plot_gains(f, table).axes[0].get_yticklabels()]
-        assert labels == ['Bottleneck (diverged)', 'Dropout (diverged)']
 
 
 @pytest.mark.parametrize('with_columns', [False, True])
@@ -190,9 +172,6 @@ def test_nothing_left(with_columns):
         assert set(headline_table(f, table).data['this run']) <= {'none', 'none → none', 'none % (none %)'}
         v = verdict(f, table)
         assert v.lost == ('Bottleneck',) and 'Runs or attacks diverged for Bottleneck.' in str(v)
-        plot_gains(f, table)
-    assert first_runs(f, str) == {}
-    with pytest.raises(ValueError, match='no run'): plot_examples({}, ['decoder'])
 
 
 @pytest.mark.parametrize('table, word', [(1, 'raises'), (4, 'lowers')])
@@ -219,83 +198,3 @@ def test_verdict_on_the_papers_own_rows(table):
     assert v.ours == v.paper and len(v.ours) == (2 if table in MSE_TABLES else 4) and not v.lost
     assert all(t.total == 7 and t.cheap == t.harder for t in v.ours.values())
     if table == 1: assert v.paper['mse_test_decoder'] == Tally(6, 6, 0, 7)  # ResSFL gains 4.6 %
-
-
-def offsets(ax, label): return [c for c in ax.collections if c.get_label() == label][0].get_offsets()
-
-
-@pytest.mark.parametrize('table', [1, 4, 8])
-def test_the_picture_of_pairs(table):
-    frame = as_run(table)
-    for fig, extra in ((plot_paper(table), 0), (plot_gains(frame, table), 1)):
-        shown = [ax for ax in fig.axes if ax.axison]
-        assert len(shown) == (3 + extra if table in MSE_TABLES else 5 + 2*extra)
-        defenses = list(dict.fromkeys(frame.defense))
-        assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == defenses
-        titles = ['decoder', 'GAN', *['change by CEM']*extra, 'accuracy']
-        assert [ax.get_title() for ax in fig.axes[:3 + extra]] == titles
-        first = next(iter(shown_columns(frame, table, ('test',))))
-        for ax, column in ((shown[0], first), (shown[2 + extra], 'acc_test')):
-            value = frame.set_index(['cem', 'defense'])[column]
-            for cem, label in ((False, 'without CEM'), (True, 'with CEM')):
-                ours = offsets(ax, label)[:, 0].filled(math.nan)
-                assert np.allclose(ours, value[cem].reindex(defenses), equal_nan=True)
-            lines = ax.collections[0].get_segments()  # each from the row without CEM to the row with it
-            joined = {defenses[int(s[0, 1])]: s[:, 0] for s in lines if s.ndim == 2 and np.isfinite(s).all()}
-            assert set(joined) == set(DEFENCES)
-            for d, ends in joined.items(): assert np.allclose(ends, [value[False, d], value[True, d]])
-        names = [t.get_text() for t in fig.legends[0].get_texts()]
-        assert set(names) == {'without CEM', 'with CEM'} | ({'decoder', 'GAN', 'paper'} if extra else set())
-
-
-@pytest.mark.parametrize('table', [1, 4, 8])
-def test_the_picture_of_changes(table):
-    frame = as_run(table)
-    change = plot_gains(frame, table).axes[2]
-    g, key = gains(frame).set_index('defense'), 'mse_test' if table in MSE_TABLES else 'ssim_zero_test'
-    assert len(change.containers) == 4
-    for c in change.containers:
-        line = c[0]
-        attack = {'o': 'decoder', 's': 'gan'}[line.get_marker()]
-        who = 'paper' if c.get_label() == 'paper' else attack
-        assert to_hex(line.get_color()) == to_hex(COLORS[who])
-        x = dict(zip(dict.fromkeys(frame.defense), line.get_xdata()))
-        assert np.allclose([x[d] for d in DEFENCES], g.loc[DEFENCES, f'{key}_{attack}'])
-    (low, high), values = change.get_xlim(), g[[f'{key}_gan', f'{key}_decoder']]
-    assert low < values.min(axis=None) and high > values.max(axis=None)
-    assert (change.get_xscale() == 'function') == (table == 8)
-
-
-def test_seeds_are_small_marks_and_intervals():
-    f = made(3)
-    fig = plot_gains(f, 1)
-    seeds = fig.axes[0].collections[2].get_offsets()
-    assert np.allclose(sorted(seeds[:, 0]), sorted(f[~f.cem].mse_test_decoder))
-    bars, g = fig.axes[2].containers, gains(f)
-    ours = [c for c in bars if c.get_label() == 'decoder'][0]
-    half = [mean_interval(g[g.defense == d].mse_test_decoder)[1] for d in ('Bottleneck', 'Dropout')]
-    assert np.allclose([np.ptp(s[:, 0])/2 for s in ours[2][0].get_segments()], half)
-
-
-class Run:
-    def __init__(self, name, lost=()): self.name, self.lost = name, lost
-
-    def examples(self, n, attack):
-        x = torch.linspace(0, 1, n)[:, None, None, None].expand(n, 3, 4, 4)
-        level = math.nan if attack in self.lost else len(self.name)/50 + (attack == 'gan')/4
-        return x, torch.full_like(x, level)
-
-
-def test_examples_side_by_side():
-    runs = {'A': Run('A'), 'A+CEM': Run('A+CEM', lost=['gan'])}
-    fig = plot_examples(runs, ['decoder', 'gan'], n=3)
-    assert len(fig.axes) == 3*(3 + 1 + 3)  # originals and two rows; two attacks and a gap
-    assert [ax.get_title(loc='left') for ax in fig.axes if ax.get_title(loc='left')] == ['decoder', 'GAN']
-    level = np.array([ax.images[0].get_array().mean() for ax in fig.axes]).reshape(3, 7)
-    assert np.allclose(level, [[0, 0.5, 1, 1, 0, 0.5, 1], [0.02]*3 + [1] + [0.27]*3, [0.1]*3 + [1]*4])
-    with pytest.raises(ValueError, match='no run'): plot_examples(runs, [])
-
-
-def test_the_first_run_of_every_row_that_finished():
-    f = diverge(diverge(made(2, ['No_defense', 'Bottleneck']), 'Bottleneck', True, (0, 1)), 'No_defense', False, (0,))
-    assert first_runs(f, str.upper) == {'No_defense': 'NO_DEFENSE-FALSE-1', 'Bottleneck': 'BOTTLENECK-FALSE-0'}
