@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITHOUT', 'WITH', 'plot_paper', 'attack_style', 'plot_gains', 'first_runs', 'plot_examples']
 
-# %% ../nbs/5_run/09_pictures.ipynb #78fa42b6
+# %% ../nbs/5_run/09_pictures.ipynb #34f48f8e
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +21,11 @@ from .show import attack_label, lost_scores, rows_of, shown_columns
 from .stats import METRICS, Score, gains, mean_interval, row_name
 from .style import COLORS, show_images
 
-# %% ../nbs/5_run/09_pictures.ipynb #d692dbed
+# %% ../nbs/5_run/09_pictures.ipynb #faae3131
 WITHOUT = dict(color=COLORS['without CEM'], marker='|', s=90, lw=2.5, label='without CEM')
 WITH = dict(color=COLORS['with CEM'], marker='o', s=36, lw=1, label='with CEM')
 
-# %% ../nbs/5_run/09_pictures.ipynb #aec8dec4
+# %% ../nbs/5_run/09_pictures.ipynb #dcd51e09
 def _pairs(ax: plt.Axes, frame: pd.DataFrame, column: str):
     "A defence a line: from the mean without CEM to the mean with CEM; small marks are the seeds."
     defenses = list(frame.defense.unique())
@@ -39,7 +39,7 @@ def _pairs(ax: plt.Axes, frame: pd.DataFrame, column: str):
         seeds = frame[frame.cem.astype(bool) == cem]
         ax.scatter(seeds[column], seeds.defense.map(defenses.index) + 0.28, **style | dict(s=8, lw=1, label=None))
 
-# %% ../nbs/5_run/09_pictures.ipynb #4c01b31f
+# %% ../nbs/5_run/09_pictures.ipynb #abd43885
 def _score_panel(ax: plt.Axes, frame: pd.DataFrame, column: str, score: Score):
     "The pairs of one metric and attack; an error begins at 0."
     m = score.about
@@ -48,16 +48,16 @@ def _score_panel(ax: plt.Axes, frame: pd.DataFrame, column: str, score: Score):
     ax.set(title=attack_label(score.attack), xlabel=f'{m.label}\n{side}')
     if m.unit == '%' and (top := frame[column].max()) > 0: ax.set_xlim(0, 1.08*top)
 
-# %% ../nbs/5_run/09_pictures.ipynb #3cda4a1b
+# %% ../nbs/5_run/09_pictures.ipynb #d6f039d1
 def _grid(defenses: list[str], n_rows: int, n_columns: int) -> tuple[plt.Figure, np.ndarray]:
     "Panels with the defences, named once, from top to bottom."
     size = 1.9*n_columns + 1, (0.25*len(defenses) + 1)*n_rows + 0.4
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout='constrained')
     axes[0, 0].set(yticks=range(len(defenses)), yticklabels=defenses, ylim=(len(defenses) - 0.4, -0.6))
-    for ax in axes.flat: ax.locator_params(axis='x', nbins=4)
+    for ax in axes.flat: ax.locator_params(axis='x', nbins=3, steps=[1, 2, 5, 10])  # labels of up to six digits
     return fig, axes
 
-# %% ../nbs/5_run/09_pictures.ipynb #27ecfe31
+# %% ../nbs/5_run/09_pictures.ipynb #91cd53eb
 def _pair_panels(frame: pd.DataFrame, columns: dict[str, Score], extra: int = 0) -> tuple[plt.Figure, np.ndarray]:
     "Metrics in rows, attacks in columns, then `extra` columns left empty, and the accuracy."
     metrics, attacks = (list(dict.fromkeys(getattr(s, k) for s in columns.values())) for k in ('metric', 'attack'))
@@ -68,13 +68,13 @@ def _pair_panels(frame: pd.DataFrame, columns: dict[str, Score], extra: int = 0)
     for ax in axes.flat: ax.set_axis_on() if ax.collections else ax.set_axis_off()
     return fig, axes
 
-# %% ../nbs/5_run/09_pictures.ipynb #db12d1a8
+# %% ../nbs/5_run/09_pictures.ipynb #9e471d2c
 def _legend(fig: plt.Figure, axes: np.ndarray, title: str | None = None):
     "One line over the panels that names every mark once."
     found = dict(pair[::-1] for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels()))
     fig.legend(found.values(), found, title=title, loc='outside upper center', ncols=len(found))
 
-# %% ../nbs/5_run/09_pictures.ipynb #c1930158
+# %% ../nbs/5_run/09_pictures.ipynb #bcc871c2
 def plot_paper(
     table: int,  # of the paper, 1 to 8
 ) -> plt.Figure:
@@ -84,14 +84,14 @@ def plot_paper(
     _legend(fig, axes, f'Table {table} of the paper, {PAPER[table].data}')
     return fig
 
-# %% ../nbs/5_run/09_pictures.ipynb #ce8010bd
+# %% ../nbs/5_run/09_pictures.ipynb #e0e76218
 def attack_style(
     name: str,  # of an attack
 ) -> dict:
     "Mark and colour of an attack in pictures."
     return dict(marker=ATTACKS[name].marker if name in ATTACKS else 'D', color=COLORS.get(name, COLORS['exact']))
 
-# %% ../nbs/5_run/09_pictures.ipynb #3b315711
+# %% ../nbs/5_run/09_pictures.ipynb #dc8be4f3
 def _change_axis(ax: plt.Axes, metric: str, values: np.ndarray, single: bool):
     "Title, band and scale of a panel of changes."
     m = METRICS[metric]
@@ -104,7 +104,7 @@ def _change_axis(ax: plt.Axes, metric: str, values: np.ndarray, single: bool):
         low, high = min(values.min(), -5), 1.2*values.max()
         ax.set(xlim=(1.1*low, high), xticks=ticks[(ticks > low) & (ticks < high)])
 
-# %% ../nbs/5_run/09_pictures.ipynb #9f4d662a
+# %% ../nbs/5_run/09_pictures.ipynb #316c5273
 def _changes(ax: plt.Axes, g: pd.DataFrame, column: str, defenses: list[str], shift: float, **style):
     "Mean change of every defence, with its interval over the seeds."
     by = {d: mean_interval(v) for d, v in g[g[column].notna()].groupby('defense')[column]}
@@ -112,7 +112,7 @@ def _changes(ax: plt.Axes, g: pd.DataFrame, column: str, defenses: list[str], sh
     at = np.arange(len(defenses)) + shift
     ax.errorbar(mean, at, xerr=np.nan_to_num(half), linestyle='none', **dict(ms=5) | style)
 
-# %% ../nbs/5_run/09_pictures.ipynb #ae939e03
+# %% ../nbs/5_run/09_pictures.ipynb #353097e2
 def _change_panel(ax: plt.Axes, frame: pd.DataFrame, table: int, columns: dict[str, Score]):
     "What CEM changes in one metric: our attacks, and the paper's as open marks of the same shapes."
     g, defenses = gains(frame), list(frame.defense.unique())
@@ -128,7 +128,7 @@ def _change_panel(ax: plt.Axes, frame: pd.DataFrame, table: int, columns: dict[s
     values = np.concatenate(seen)
     _change_axis(ax, s.metric, values[np.isfinite(values)], frame.seed.nunique() == 1)
 
-# %% ../nbs/5_run/09_pictures.ipynb #e4da2e8b
+# %% ../nbs/5_run/09_pictures.ipynb #f921c5e7
 def plot_gains(
     frame: pd.DataFrame,  # of runs
     table: int,           # of the paper, 1 to 8
@@ -144,7 +144,7 @@ def plot_gains(
     _legend(fig, axes)
     return fig
 
-# %% ../nbs/5_run/09_pictures.ipynb #ed7447a9
+# %% ../nbs/5_run/09_pictures.ipynb #322b2d8c
 def first_runs(
     frame: pd.DataFrame,              # of runs
     open_run: Callable[[str], Any],   # from the name in column `run` to the run itself
@@ -154,7 +154,7 @@ def first_runs(
     names = {(r.defense, bool(r.cem)): r.run for r in done.itertuples()}
     return {row_name(d, c): open_run(names[d, c]) for d, c in rows_of(frame) if (d, c) in names}
 
-# %% ../nbs/5_run/09_pictures.ipynb #1b3b342a
+# %% ../nbs/5_run/09_pictures.ipynb #9014cc6d
 def plot_examples(
     runs: dict[str, Any],   # by the name of the row; `examples(n, attack)` of each gives images and reconstructions
     attacks: list[str],     # to be shown side by side

@@ -6,7 +6,7 @@
 __all__ = ['attack_label', 'shown_columns', 'rows_of', 'caption', 'provenance_line', 'lost_scores', 'score_table', 'gain_table',
            'headline_table', 'Verdict', 'verdict']
 
-# %% ../nbs/5_run/07_show.ipynb #b4130d48
+# %% ../nbs/5_run/07_show.ipynb #b63dbac2
 import math
 from dataclasses import dataclass
 
@@ -19,14 +19,14 @@ from .stats import (METRICS, Score, Tally, attacks_in, averages, counting_rule, 
                           row_name, score_columns, tally)
 from .style import COLORS
 
-# %% ../nbs/5_run/07_show.ipynb #42f2211e
+# %% ../nbs/5_run/07_show.ipynb #03a4a597
 def attack_label(
     name: str,  # of an attack
 ) -> str:
     "How an attack is called in tables: its label, or its name if it is not registered."
     return ATTACKS[name].label if name in ATTACKS else name
 
-# %% ../nbs/5_run/07_show.ipynb #46049a45
+# %% ../nbs/5_run/07_show.ipynb #59d2cc7b
 def shown_columns(
     frame: pd.DataFrame,    # of runs
     table: int,             # of the paper, 1 to 8
@@ -38,7 +38,7 @@ def shown_columns(
     wanted = [(m, p, a) for a in attacks_in(frame) for m in METRICS for p in parts if f'{m}_{p}' in keys]
     return {c: columns[c] for w in wanted if (c := '_'.join(w)) in columns}
 
-# %% ../nbs/5_run/07_show.ipynb #81fe7390
+# %% ../nbs/5_run/07_show.ipynb #39d105a6
 def rows_of(
     frame: pd.DataFrame,  # of runs
 ) -> list[tuple[str, bool]]:
@@ -46,14 +46,14 @@ def rows_of(
     have = dict.fromkeys(zip(frame.defense, frame.cem.astype(bool)))
     return [(d, c) for d in frame.defense.unique() for c in (False, True) if (d, c) in have]
 
-# %% ../nbs/5_run/07_show.ipynb #1279a448
+# %% ../nbs/5_run/07_show.ipynb #49211636
 def _values(frame: pd.DataFrame, column: str, text: str = '{}') -> str | None:
     "The values of a column with commas between, in a text; None if there are none."
     values = frame[column].dropna().unique() if column in frame else ()
     words = [f'{v:g}' if isinstance(v, (float, np.floating)) else str(v) for v in values]
     return text.format(', '.join(words)) if words else None
 
-# %% ../nbs/5_run/07_show.ipynb #e62a2aaf
+# %% ../nbs/5_run/07_show.ipynb #d2e365dd
 def caption(
     frame: pd.DataFrame,  # of runs
 ) -> str:
@@ -66,7 +66,7 @@ def caption(
             _values(frame, 'hardware', 'on {}'), _values(frame, 'date')]
     return ', '.join(filter(None, said))
 
-# %% ../nbs/5_run/07_show.ipynb #9c1b2540
+# %% ../nbs/5_run/07_show.ipynb #d666696c
 def provenance_line(
     frame: pd.DataFrame,  # of runs
 ) -> str:
@@ -77,7 +77,7 @@ def provenance_line(
             _values(frame, 'torch', 'torch {}'), _values(frame, 'cem_nb', 'cem_nb {}'), seconds and f'median of a run: {", ".join(seconds)}']
     return '; '.join(filter(None, said))
 
-# %% ../nbs/5_run/07_show.ipynb #b73fa179
+# %% ../nbs/5_run/07_show.ipynb #5c161107
 def _text(values: pd.Series, digits: int, sign: str = '') -> str:
     "Mean ± interval of what is not nan."
     values = values.dropna()
@@ -85,13 +85,13 @@ def _text(values: pd.Series, digits: int, sign: str = '') -> str:
     mean, half = mean_interval(values)
     return f'{mean:{sign}.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
 
-# %% ../nbs/5_run/07_show.ipynb #6d21b02f
+# %% ../nbs/5_run/07_show.ipynb #efdfd47a
 def _cell(values: pd.Series, lost: int, digits: int, sign: str = '') -> str:
     "The seeds of one row, of which so many diverged."
     text = _text(values, digits, sign)
     return text if not lost else 'diverged' if text == 'none' else f'{text} ({lost} diverged)'
 
-# %% ../nbs/5_run/07_show.ipynb #b357abbb
+# %% ../nbs/5_run/07_show.ipynb #46d724b1
 def lost_scores(
     frame: pd.DataFrame,  # of runs
 ) -> pd.DataFrame:        # bool; acc_test and the scores
@@ -102,14 +102,14 @@ def lost_scores(
         if (took := f'seconds_{s.attack}') in frame: lost[c] &= frame.acc_test.isna() | frame[took].notna()
     return lost
 
-# %% ../nbs/5_run/07_show.ipynb #8158452f
+# %% ../nbs/5_run/07_show.ipynb #acbe0aae
 def _heading(s: Score, change: bool) -> tuple[str, str]:
     "Attack, and metric with the part; with the unit of a change, or an arrow to where more privacy is."
     m = s.about
     name = f'{m.label}, {s.part}'
     return attack_label(s.attack), f'{name}, {m.unit}'.removesuffix(', ') if change else f'{name} {m.private}'
 
-# %% ../nbs/5_run/07_show.ipynb #936a84e8
+# %% ../nbs/5_run/07_show.ipynb #10a2ac02
 def _cells(rows: pd.DataFrame, lost: dict | pd.Series, table: int, heading: str, change: bool = False) -> dict:
     "Accuracy and scores, or changes of them, of one row of a table; `lost` counts by column what diverged."
     sign, accuracy = ('+', 'Acc., points') if change else ('', 'Acc. ↑')
@@ -119,22 +119,22 @@ def _cells(rows: pd.DataFrame, lost: dict | pd.Series, table: int, heading: str,
         cells[heading, *_heading(s, change)] = _cell(rows[c], lost.get(c, 0), digits, sign)
     return cells
 
-# %% ../nbs/5_run/07_show.ipynb #bcc21a7b
+# %% ../nbs/5_run/07_show.ipynb #ff78d9ec
 def _paper_heading(table: int) -> str: return f'paper, {PAPER[table].data}'
 
-# %% ../nbs/5_run/07_show.ipynb #280d3db3
+# %% ../nbs/5_run/07_show.ipynb #6397d1cf
 def _of_attacks(rows: pd.DataFrame, attacks: list[str]) -> pd.DataFrame:
     "Without the scores of other attacks."
     return rows.drop(columns=[c for c, s in score_columns(rows).items() if s.attack not in attacks])
 
-# %% ../nbs/5_run/07_show.ipynb #c73df3f5
+# %% ../nbs/5_run/07_show.ipynb #f7276dd7
 def _paper_cells(row: pd.DataFrame, table: int) -> dict:
     "The text of a row that the paper prints; nothing if it has no such row."
     if row.empty: return {}
     cells = {_heading(s, False): row[c].item() for c, s in shown_columns(row, table).items()}
     return {(_paper_heading(table), *k): v for k, v in ({('', 'Acc. ↑'): row.acc_test.item()} | cells).items()}
 
-# %% ../nbs/5_run/07_show.ipynb #3399121d
+# %% ../nbs/5_run/07_show.ipynb #909c5a68
 def _styled(rows: dict[str, dict], text: str) -> 'pd.io.formats.style.Styler':
     "A table with a heading of several lines, rows with CEM in colour."
     table = pd.DataFrame.from_dict(rows, orient='index').fillna('')
@@ -143,7 +143,7 @@ def _styled(rows: dict[str, dict], text: str) -> 'pd.io.formats.style.Styler':
     shade = lambda r: [tint if r.name.endswith(('+CEM', 'w/ CEM')) else '']*len(r)
     return table.style.apply(shade, axis=1).set_caption(text)
 
-# %% ../nbs/5_run/07_show.ipynb #5e7379da
+# %% ../nbs/5_run/07_show.ipynb #6f4b9549
 def score_table(
     frame: pd.DataFrame,  # of runs
     table: int,           # of the paper, 1 to 8
@@ -163,14 +163,14 @@ def score_table(
     return _styled(rows, f'{caption(frame)}. Averages: this run over its {n} defence{"s"*(n != 1)}, the paper over 7, '
                          'as printed. Test images are what the paper calls "Infer"')
 
-# %% ../nbs/5_run/07_show.ipynb #a4837215
+# %% ../nbs/5_run/07_show.ipynb #217d4c9e
 def _with_mean(g: pd.DataFrame, defenses: list[str]) -> pd.DataFrame:
     "Gains of these defences, and the mean over them seed by seed."
     g = g[g.defense.isin(defenses)]
     mean = g.drop(columns='defense').groupby('seed').mean().reset_index()
     return pd.concat([g, mean.assign(defense='mean')], ignore_index=True) if len(g) else g
 
-# %% ../nbs/5_run/07_show.ipynb #a3e6276c
+# %% ../nbs/5_run/07_show.ipynb #b60f738d
 def gain_table(
     frame: pd.DataFrame,  # of runs
     table: int,           # of the paper, 1 to 8
@@ -184,7 +184,7 @@ def gain_table(
             rows[d] |= _cells(g, diverged.get(d, {}), table, heading, change=True)
     return _styled(rows, f'What CEM changes; "mean" is the mean of the rows above. {caption(frame)}')
 
-# %% ../nbs/5_run/07_show.ipynb #2913b866
+# %% ../nbs/5_run/07_show.ipynb #d9036275
 def _average_change(frame: pd.DataFrame, columns: list[str]) -> str:
     "The average change over the defences in one metric, mean of several attacks: both ways for a percentage."
     if not columns: return 'none'
@@ -194,7 +194,7 @@ def _average_change(frame: pd.DataFrame, columns: list[str]) -> str:
     ratios = gains(frame).groupby('seed')[columns].mean()
     return f'{_text(gains(a)[columns].mean(axis=1), 1, "+")} % ({_text(ratios.mean(axis=1), 1, "+")} %)'
 
-# %% ../nbs/5_run/07_show.ipynb #3d9d12f6
+# %% ../nbs/5_run/07_show.ipynb #6cb658c3
 def headline_table(
     frame: pd.DataFrame,  # of runs
     table: int,           # of the paper, 1 to 8
@@ -214,7 +214,17 @@ def headline_table(
     return pd.DataFrame.from_dict(rows, orient='index').style.set_caption(
         f'{how}The paper: mean of both attacks; this run: {" and ".join(map(attack_label, common))}')
 
-# %% ../nbs/5_run/07_show.ipynb #7ddaf544
+# %% ../nbs/5_run/07_show.ipynb #3d07d3f9
+def _sentence(s: Score, ours: Tally, paper: Tally | None, cost: float) -> str:
+    "What was counted for one metric and attack."
+    m, n = s.about, f'{ours.total} defences'
+    does, undoes = ('raises', 'lowers')[::m.sign]
+    said = (f'CEM {does} the {m.label} of the {attack_label(s.attack)} on test images for {ours.harder} of {n}, for '
+            f'{ours.cheap} of them at a cost of at most {cost:g} point{"s"*(cost != 1)} of accuracy')
+    if ours.easier: said += f'; it {undoes} it for {ours.easier}'
+    return said + (f'; the paper, so counted, has {paper.harder} and {paper.cheap} of {paper.total}' if paper else '')
+
+# %% ../nbs/5_run/07_show.ipynb #71f74d40
 @dataclass(frozen=True)
 class Verdict:
     "Counts of the defences by column of scores on test images; `str` puts them in sentences."
@@ -225,22 +235,12 @@ class Verdict:
 
     def __str__(self) -> str:
         scores = score_columns(pd.DataFrame(columns=[*self.ours]))
-        lines = [self._line(c, s) for c, s in scores.items()]
+        lines = [_sentence(s, self.ours[c], self.paper.get(c), self.cost) for c, s in scores.items()]
         if self.lost: lines.append(f'Runs or attacks diverged for {", ".join(self.lost)}')
         if scores: lines.append('Rule: ' + counting_rule(list(dict.fromkeys(s.about for s in scores.values()))))
         return '.\n'.join(lines) + '.'*bool(lines)
 
-    def _line(self, column: str, s: Score) -> str:
-        t, m = self.ours[column], s.about
-        words = ('raises', 'lowers')[::m.sign]
-        cost = f'{self.cost:g} point{"s"*(self.cost != 1)} of accuracy'
-        line = (f'CEM {words[0]} the {m.label} of the {attack_label(s.attack)} on test images for {t.harder} of '
-                f'{t.total} defences, for {t.cheap} of them at a cost of at most {cost}')
-        if t.easier: line += f'; it {words[1]} it for {t.easier}'
-        if not (p := self.paper.get(column)): return line
-        return f'{line}; the paper, so counted, has {p.harder} and {p.cheap} of {p.total}'
-
-# %% ../nbs/5_run/07_show.ipynb #c68b48dd
+# %% ../nbs/5_run/07_show.ipynb #4dae671b
 def verdict(
     frame: pd.DataFrame,  # of runs
     table: int,           # of the paper, 1 to 8
