@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attack import Attack, evaluating, register_attack, scored, some_images
 from .data import Split, batches, to_float
-from .models import SplitModel, feature_shape
+from .models import SplitModel
 from .theorem1 import oracle_attack
 
 # %% ../nbs/4_attack/04_oracle.ipynb #1e2a795c

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cem_nb.attack import best_of_restarts, reconstruct, score_attack, train_attack
+from cem_nb.attack import best_of_restarts, score_attack
 from cem_nb.core import seeded
 from cem_nb.data import Split, load_data, to_float
 from cem_nb.models import split_model
