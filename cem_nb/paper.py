@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER', 'PaperTable', 'paper_csv', 'paper_text', 'paper_numbers', 'as_runs', 'paper_runs', 'errata_table']
 
-# %% ../nbs/5_run/05_paper.ipynb #69856ca4
-from importlib.metadata import files
+# %% ../nbs/5_run/05_paper.ipynb #35d2632e
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,21 +15,21 @@ import pandas as pd
 
 from .core import project_dir
 
-# %% ../nbs/5_run/05_paper.ipynb #1bbecfb3
+# %% ../nbs/5_run/05_paper.ipynb #57827501
 class PaperTable(NamedTuple):
     "What a table of the paper is about."
     data: str               # the data set
     stated: dict[str, str]  # <metric>_<part> to the average change that the text states, as printed
 
-# %% ../nbs/5_run/05_paper.ipynb #da51a204
+# %% ../nbs/5_run/05_paper.ipynb #3226c3f8
 def _mse(data: str, train: str, test: str) -> PaperTable:
     return PaperTable(data, {'mse_train': train, 'mse_test': test})
 
-# %% ../nbs/5_run/05_paper.ipynb #1afbc289
+# %% ../nbs/5_run/05_paper.ipynb #3e26d934
 def _likeness(data: str, ssim: str, psnr: str) -> PaperTable:
     return PaperTable(data, {'ssim_zero_test': ssim, 'psnr_test': psnr})
 
-# %% ../nbs/5_run/05_paper.ipynb #5a9fb4be
+# %% ../nbs/5_run/05_paper.ipynb #0743f87d
 PAPER = {
     1: _mse('CIFAR-10', '+24.0 %', '+12.9 %'),
     2: _mse('TinyImageNet', '+19.4 %', '+17.7 %'),
@@ -40,18 +41,23 @@ PAPER = {
     8: _mse('CIFAR-100', '+40.5 %', '+44.8 %'),
 }
 
-# %% ../nbs/5_run/05_paper.ipynb #6fa2be62
+# %% ../nbs/5_run/05_paper.ipynb #c2631526
+def _installed(name: str) -> Path | None:
+    "A file that the wheel has brought, if there is one."
+    try: return next((Path(f.locate()) for f in files('cem_nb') or () if f.name == name), None)
+    except PackageNotFoundError: return None
+
+# %% ../nbs/5_run/05_paper.ipynb #f8e9a43f
 def paper_csv(
     name: str,  # of a file in `data/paper/`
 ) -> pd.DataFrame:
     "A CSV of the paper's figures as text. Raises `FileNotFoundError` if it is neither in the project nor installed."
     path = project_dir()/'data'/'paper'/name
-    if not path.is_file():  # outside a checkout: what the wheel has brought
-        path = next((f.locate() for f in files('cem_nb') or () if f.name == name), None)
-        if path is None: raise FileNotFoundError(f'{name} did not come with cem_nb; install it from its repository')
+    if not path.is_file(): path = _installed(name)
+    if path is None: raise FileNotFoundError(f'{name} did not come with cem_nb; install it from its repository')
     return pd.read_csv(path, dtype=str)
 
-# %% ../nbs/5_run/05_paper.ipynb #d05b2e1d
+# %% ../nbs/5_run/05_paper.ipynb #5b32b15c
 def paper_text(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # index method, cem; columns accuracy and <metric>_<attack>, in the paper's words
@@ -64,14 +70,14 @@ def paper_text(
     order = pd.MultiIndex.from_frame(t[['method', 'cem']].drop_duplicates())
     return t.pivot(index=['method', 'cem'], columns='metric', values='value').reindex(order)
 
-# %% ../nbs/5_run/05_paper.ipynb #efceb6ed
+# %% ../nbs/5_run/05_paper.ipynb #87177417
 def paper_numbers(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # as `paper_text`
     "A table of the paper as numbers. Raises `ValueError` for another table."
     return paper_text(table).astype(float)
 
-# %% ../nbs/5_run/05_paper.ipynb #c5b1b917
+# %% ../nbs/5_run/05_paper.ipynb #35aa616d
 def _our_word(column: str) -> str:
     "The name of our column for one of the paper's: mse_infer_gan is mse_test_gan, ssim_gan is ssim_zero_test_gan."
     if column == 'accuracy': return 'acc_test'
@@ -79,7 +85,7 @@ def _our_word(column: str) -> str:
     part = 'train' if part == ['train'] else 'test'
     return f'{"ssim_zero" if metric == "ssim" else metric}_{part}_{attack}'
 
-# %% ../nbs/5_run/05_paper.ipynb #6cfa1608
+# %% ../nbs/5_run/05_paper.ipynb #b494a2ad
 def as_runs(
     printed: pd.DataFrame,  # of `paper_text` or `paper_numbers`
 ) -> pd.DataFrame:          # columns as of a run of ours; seed 0
@@ -87,14 +93,14 @@ def as_runs(
     rows = printed.rename(columns=_our_word).rename_axis(columns=None).reset_index()
     return rows.rename(columns={'method': 'defense'}).astype({'cem': bool}).assign(seed=0)
 
-# %% ../nbs/5_run/05_paper.ipynb #94a9cbb8
+# %% ../nbs/5_run/05_paper.ipynb #9ebfe595
 def paper_runs(
     table: int,     # of the paper, 1 to 8
 ) -> pd.DataFrame:  # one row a model, without the paper's averages
     "The paper's rows as if they were runs of ours. Raises `ValueError` for another table."
     return as_runs(paper_numbers(table).drop('Average', level='method'))
 
-# %% ../nbs/5_run/05_paper.ipynb #d5f317f4
+# %% ../nbs/5_run/05_paper.ipynb #69d6c132
 def errata_table(
     table: int,  # of the paper, 1 to 9
 ) -> 'pd.io.formats.style.Styler':
