@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PER_LAM', 'MEMORY', 'CEMS', 'Scale', 'eq5', 'batch_moments', 'share_of_batch', 'eq6', 'logdet_ratio', 'eq7',
-           'at_least_float32', 'EpochMixture', 'Balance', 'CEM']
+           'at_least_float32', 'MixtureState', 'EpochMixture', 'MixtureLoss', 'Balance', 'CEM']
 
 # %% ../nbs/3_defend/01_cem.ipynb #09a4a065
 from collections.abc import Callable, Iterable
@@ -45,7 +45,7 @@ def share_of_batch(
     "What part of a covariance the batch replaces: the fraction in Eq. 6."
     return (n/(pi*N).clamp_min(1e-12)).clamp_max(1)
 
-
+# %% ../nbs/3_defend/01_cem.ipynb #4ff46a4f
 def eq6(
     pi: Tensor,      # weights after Eq. 5, [k]
     Sigma: Tensor,   # covariances, diagonals [k, m] or full [k, m, m]
@@ -82,8 +82,8 @@ def at_least_float32(z_hat: Tensor) -> Tensor:
     return z_hat.flatten(1).to(torch.promote_types(z_hat.dtype, torch.float32))
 
 # %% ../nbs/3_defend/01_cem.ipynb #986dd13d
-class EpochMixture(nn.Module):
-    "Weights `pi` [k], means `mu` [k, m] and covariances `Sigma` [k, m] of the features, fitted once an epoch."
+class MixtureState(nn.Module):
+    "Weights `pi` [k], means `mu` [k, m] and covariances `Sigma` [k, m] of `N` features; None before the first fit."
     def __init__(self, n_components: int, n_classes: int, seed: int):
         super().__init__()
         self.n_components, self.n_classes, self.seed, self.n_fits, self.N = n_components, n_classes, seed, 0, 0
@@ -91,6 +91,25 @@ class EpochMixture(nn.Module):
         for name in ('pi', 'mu', 'Sigma'): self.register_buffer(name, None, persistent=False)
         self.register_buffer('l_c', torch.zeros(()), persistent=False)
 
+    def form(self) -> dict:
+        "What two regularisers must have in common for one to go on from the other's state."
+        return dict(variant=type(self).__name__, n_components=self.n_components, n_classes=self.n_classes)
+
+    def get_extra_state(self):
+        return dict(self.form(), **{k: getattr(self, k) for k in ('n_fits', 'N', 'pi', 'mu', 'Sigma')})
+
+    def set_extra_state(self, state):
+        "Raises `ValueError` for the state of another variant or of other settings, and changes nothing then."
+        for name, mine in self.form().items():
+            theirs = state.get(name) if isinstance(state, dict) else state
+            if theirs != mine: raise ValueError(f'the saved CEM has {name} = {theirs}, this one {mine}; load it into its like')
+        for name in ('n_fits', 'N'): setattr(self, name, state[name])
+        for name in ('pi', 'mu', 'Sigma'):
+            setattr(self, name, None if state[name] is None else state[name].to(self.l_c.device))
+
+# %% ../nbs/3_defend/01_cem.ipynb #1ce659c3
+class EpochMixture(MixtureState):
+    "The mixture of the noise-free features, fitted once an epoch."
     @torch.no_grad()
     def fit(
         self,
@@ -123,21 +142,35 @@ class EpochMixture(nn.Module):
         with torch.no_grad(): pairs = [(encode(x).flatten(1), y) for x, y in loader]
         return self.fit(torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs]))
 
-    def form(self) -> dict:
-        "What two regularisers must have in common for one to go on from the other's state."
-        return dict(variant=type(self).__name__, n_components=self.n_components, n_classes=self.n_classes)
+# %% ../nbs/3_defend/01_cem.ipynb #9b82c0fd
+class MixtureLoss(EpochMixture):
+    "L_C of a batch by Eq. 5 to 7; variants have another `batch` or `bound`."
+    noise_std: float
 
-    def get_extra_state(self):
-        return dict(self.form(), **{k: getattr(self, k) for k in ('n_fits', 'N', 'pi', 'mu', 'Sigma')})
+    def batch(self, z_hat, y):
+        "L_C in nats, and the weights and covariances after the batch."
+        n, dSigma = batch_moments(z_hat, assign(z_hat, self.mu), self.mu)   # line 9
+        pi = eq5(self.pi, n, self.N)                                        # line 11
+        Sigma = eq6(pi, self.Sigma, n, self.N, dSigma)                      # line 12
+        return self.bound(pi, Sigma), pi, Sigma                             # line 14
 
-    def set_extra_state(self, state):
-        "Raises `ValueError` for the state of another variant or of other settings, and changes nothing then."
-        for name, mine in self.form().items():
-            theirs = state.get(name) if isinstance(state, dict) else state
-            if theirs != mine: raise ValueError(f'the saved CEM has {name} = {theirs}, this one {mine}; load it into its like')
-        for name in ('n_fits', 'N'): setattr(self, name, state[name])
-        for name in ('pi', 'mu', 'Sigma'):
-            setattr(self, name, None if state[name] is None else state[name].to(self.l_c.device))
+    def bound(self, pi, Sigma): return eq7(pi, Sigma, self.noise_std)
+
+    def checked(self, z_hat):
+        "The features as a detached matrix."
+        if not self.n_fits: raise RuntimeError('the mixture is not fitted; call fit before the first batch of an epoch')
+        if not 0 < len(z_hat) <= self.N:
+            raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, or fit on more')
+        return at_least_float32(finite_tensor(z_hat.detach(), 'z_hat'))
+
+    def value_and_pull(self, z_hat, y):
+        "L_C in nats and its gradient [B, m], None where there is none; in training the mixture moves on."
+        z, differentiable = self.checked(z_hat), torch.is_grad_enabled() and z_hat.requires_grad
+        with torch.autocast(z.device.type, enabled=False):
+            l_c, pi, Sigma = self.batch(z.requires_grad_(differentiable), y)
+            g_C = torch.autograd.grad(l_c, z)[0] if differentiable else None
+        if self.training and differentiable: self.pi, self.Sigma = pi.detach(), Sigma.detach()
+        return l_c.detach(), g_C
 
 # %% ../nbs/3_defend/01_cem.ipynb #1235bd4f
 PER_LAM = 0.01  # pull of CEM beside everything else's, for lam = 1: lam counts per cent
@@ -185,7 +218,7 @@ Scale = Literal['balanced', 'mean', 'sum']
 
 # %% ../nbs/3_defend/01_cem.ipynb #2cde8326
 @register(CEMS, 'diag')
-class CEM(EpochMixture):
+class CEM(MixtureLoss):
     r"""What Eq. 8 adds to the loss for a batch of noise-free features: $\lambda\mathcal{L}_C$, differentiable in them.
 
     Call `fit` (or `fit_encoder`) at the start of every epoch; then `loss = cross_entropy + cem(z_hat, y)` in every batch.
@@ -211,31 +244,9 @@ class CEM(EpochMixture):
         self.scale, self.balance = one_of(*get_args(Scale), scale=scale), Balance()
         self.register_buffer('weight', torch.zeros(()), persistent=False)
 
-    def batch(self, z_hat, y):
-        "L_C of a batch in nats, and the weights and covariances after it."
-        n, dSigma = batch_moments(z_hat, assign(z_hat, self.mu), self.mu)   # line 9
-        pi = eq5(self.pi, n, self.N)                                        # line 11
-        Sigma = eq6(pi, self.Sigma, n, self.N, dSigma)                      # line 12
-        return self.bound(pi, Sigma), pi, Sigma                             # line 14
-
-    def bound(self, pi, Sigma): return eq7(pi, Sigma, self.noise_std)
-
-    def checked(self, z_hat):
-        "The features as a detached matrix."
-        if not self.n_fits: raise RuntimeError('the mixture is not fitted; call fit before the first batch of an epoch')
-        if not 0 < len(z_hat) <= self.N:
-            raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, or fit on more')
-        return at_least_float32(finite_tensor(z_hat.detach(), 'z_hat'))
-
-    def value_and_pull(self, z_hat, y, learn):
-        "Sets `l_c` from a detached matrix of features; returns its gradient there. The mixture moves if `learn`."
-        with torch.autocast(z_hat.device.type, enabled=False):
-            l_c, pi, Sigma = self.batch(z_hat, y)
-            if self.scale in ('balanced', 'mean'): l_c = l_c/z_hat.shape[1]
-            g_C = torch.autograd.grad(l_c, z_hat)[0] if z_hat.requires_grad else None
-        if learn: self.pi, self.Sigma = pi.detach(), Sigma.detach()
-        self.l_c = l_c.detach()
-        return g_C
+    def factor(self) -> Tensor:
+        "What L_C is multiplied by."
+        return self.balance.weight(self.lam) if self.scale == 'balanced' else torch.full_like(self.l_c, self.lam)
 
     def forward(
         self,
@@ -246,14 +257,15 @@ class CEM(EpochMixture):
 
         Raises `RuntimeError` before the first fit and where `balanced` finds nothing to measure, `ValueError` for features
         that are NaN or inf, or more than were fitted."""
-        z, balanced = self.checked(z_hat), self.scale == 'balanced'
-        differentiable = torch.is_grad_enabled() and z_hat.requires_grad
-        learn = self.training and differentiable
-        if balanced and self.training and torch.is_grad_enabled(): self.balance.expect()
-        g_C = self.value_and_pull(z.requires_grad_(differentiable), y, learn)
-        w = self.weight = self.balance.weight(self.lam) if balanced else torch.full_like(self.l_c, self.lam)
-        if not differentiable: return w*self.l_c
+        measure = self.scale == 'balanced' and self.training and torch.is_grad_enabled()
+        if measure: self.balance.expect()
+        self.l_c, g_C = self.value_and_pull(z_hat, y)
+        if self.scale in ('balanced', 'mean'):
+            m = self.mu.shape[1]
+            self.l_c, g_C = self.l_c/m, None if g_C is None else g_C/m
+        w = self.weight = self.factor()
+        if g_C is None: return w*self.l_c
         z = at_least_float32(z_hat)
         term = w*self.l_c + (w*g_C*(z - z.detach())).sum()
-        if learn and balanced: self.balance.watch(z_hat, term, w, g_C)
+        if measure: self.balance.watch(z_hat, term, w, g_C)
         return term

@@ -210,7 +210,7 @@ def test_minimising_it_tightens_the_clusters():
     p = z.clone().requires_grad_()
     opt = torch.optim.SGD([p], 0.1)
     first = None
-    for _ in range(80):
+    for _ in range(40):
         cem.fit(p.detach(), y)
         loss = cem(p, y)
         first = first or loss.item()
