@@ -13,7 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .core import Count, NonNegative, Positive, Registry, Seed, cholesky, finite_tensor, number, one_of, register, whole
+from .core import (
+    Count, NonNegative, Positive, Registry, Seed, cholesky, finite_tensor, number, one_of, register, whole)
 from .mixture import GaussianMixture, assign
 
 # %% ../nbs/3_defend/01_cem.ipynb #a9d16385
@@ -102,7 +103,8 @@ class MixtureState(nn.Module):
         "Raises `ValueError` for the state of another variant or of other settings, and changes nothing then."
         for name, mine in self.form().items():
             theirs = state.get(name) if isinstance(state, dict) else state
-            if theirs != mine: raise ValueError(f'the saved CEM has {name} = {theirs}, this one {mine}; load it into its like')
+            if theirs != mine:
+                raise ValueError(f'the saved CEM has {name} = {theirs}, this one {mine}; load it into its like')
         for name in ('n_fits', 'N'): setattr(self, name, state[name])
         for name in ('pi', 'mu', 'Sigma'):
             setattr(self, name, None if state[name] is None else state[name].to(self.l_c.device))
@@ -160,7 +162,8 @@ class MixtureLoss(EpochMixture):
         "The features as a detached matrix."
         if not self.n_fits: raise RuntimeError('the mixture is not fitted; call fit before the first batch of an epoch')
         if not 0 < len(z_hat) <= self.N:
-            raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, or fit on more')
+            raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, '
+                             'or fit on more')
         return at_least_float32(finite_tensor(z_hat.detach(), 'z_hat'))
 
     def value_and_pull(self, z_hat, y):
@@ -192,11 +195,12 @@ class Balance(nn.Module):
     def expect(self):
         "Announce a batch. Raises `RuntimeError` if nothing has been measured although it should have been."
         if self.unanswered > 1:
-            raise RuntimeError('two batches in a row saw no backward pass through z_hat, so CEM had no effect; give it the '
-                               "feature itself, not a detached one, and call backward, or use eval mode or scale='mean'")
+            raise RuntimeError('two batches in a row saw no backward pass through z_hat, so CEM had no effect; give it '
+                               'the feature itself, not a detached one, and call backward, or use eval mode or '
+                               "scale='mean'")
         if self.answers == 1 and self.norms[0] == 0 < self.norms[1]:  # one look in a training
-            raise RuntimeError('no other loss reaches the tensor that CEM was given, so there is nothing to balance; give it '
-                               "the very tensor that goes to the server, not a view of it, or use scale='mean'")
+            raise RuntimeError('no other loss reaches the tensor that CEM was given, so there is nothing to balance; '
+                               "give it the very tensor that goes to the server, not a view of it, or use scale='mean'")
         self.unanswered += 1
 
     def watch(self, z_hat: Tensor, term: Tensor, w: Tensor, g_C: Tensor):
