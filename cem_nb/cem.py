@@ -225,7 +225,7 @@ Scale = Literal['balanced', 'mean', 'sum']
 class CEM(MixtureLoss):
     r"""What Eq. 8 adds to the loss for a batch of noise-free features: $\lambda\mathcal{L}_C$, differentiable in them.
 
-    Call `fit` (or `fit_encoder`) at the start of every epoch; then `loss = cross_entropy + cem(z_hat, y)` in every batch.
+    Call `fit` (or `fit_encoder`) at the start of every epoch; in every batch `loss = cross_entropy + cem(z_hat, y)`.
     For logs, `l_c` is the last batch's loss without its weight and `weight` the factor on it; neither has a gradient.
     In eval mode, without gradients, or for a feature that needs none, nothing is learnt and nothing measured.
     Source: Xia et al. 2025, Algorithm 1, Eq. 5-8."""
@@ -254,13 +254,13 @@ class CEM(MixtureLoss):
 
     def forward(
         self,
-        z_hat: Tensor,     # noise-free features of a batch, [B, ...]; the very tensor that the server's input is made from
+        z_hat: Tensor,     # noise-free features of a batch, [B, ...]; the very tensor that goes on to the server
         y: Tensor | None,  # their labels, [B]; only the release looks at them
     ) -> Tensor:  # scalar, to be added to the loss
         """The weighted loss of a batch; in training it also updates the mixture by Eq. 5 and 6.
 
-        Raises `RuntimeError` before the first fit and where `balanced` finds nothing to measure, `ValueError` for features
-        that are NaN or inf, or more than were fitted."""
+        Raises `RuntimeError` before the first fit and where `balanced` finds nothing to measure, `ValueError` for
+        features that are NaN or inf, or more than were fitted."""
         measure = self.scale == 'balanced' and self.training and torch.is_grad_enabled()
         if measure: self.balance.expect()
         self.l_c, g_C = self.value_and_pull(z_hat, y)

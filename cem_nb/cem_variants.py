@@ -34,7 +34,7 @@ def deviations(
     z_hat: Tensor,   # features, [B, m]
     labels: Tensor,  # nearest cluster of each, [B]
     mu: Tensor,      # means, [k, m]
-) -> tuple[Tensor, Tensor]:  # n [k]; X [k, max n, m] in float64, X_j^T X_j being the covariance of the batch's cluster j
+) -> tuple[Tensor, Tensor]:  # n [k]; X [k, max n, m] in float64, X_j^T X_j = Delta Sigma_j
     "The clusters' deviations from the stored means, padded with rows of zeros."
     n = labels.bincount(minlength=len(mu))
     X = torch.zeros(len(mu), int(n.max()), mu.shape[1], dtype=torch.float64, device=z_hat.device)
@@ -77,7 +77,7 @@ class PairwiseCEM(CEM):
 # %% ../nbs/3_defend/02_cem_variants.ipynb #18b3ef87
 @register(CEMS, 'full-pairwise')
 class FullPairwiseCEM(FullCEM):
-    "Full covariances under the pairwise bound, whose graph holds the matrices; slow: 4 s a batch at 512 dimensions on a CPU."
+    "Full covariances under the pairwise bound, whose graph holds the matrices; 4 s a batch at 512 dimensions on a CPU."
     def update_bound(self, pi, Sigma, n, X): return PairwiseCEM.bound(self, pi, Sigma)
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #f248f5e0
