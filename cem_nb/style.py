@@ -18,7 +18,8 @@ COLORS = {
     # bounds
     'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7', 'fisher': '#009E73',
     # variants of the CEM loss
-    'balanced': '#0072B2', 'mean': '#E69F00', 'sum': '#CC79A7', 'full': '#009E73', 'soft weights': '#D55E00', 'release': '#D55E00',
+    'diag': '#0072B2', 'full': '#009E73', 'soft weights': '#D55E00', 'letter': '#CC79A7', 'balanced': '#E69F00',
+    'release': '#D55E00',
 }
 
 # %% ../nbs/1_base/02_style.ipynb #b820299f

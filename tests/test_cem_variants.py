@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from cem_nb.cem import CEM, CEMS, eq7
-from cem_nb.cem_variants import FullCEM, ReleaseCEM, deviations, hard_clusters, hinge
+from cem_nb.cem import CEM, CEMS, DOSE, eq7
+from cem_nb.cem_variants import BalancedCEM, ReleaseCEM, deviations, hard_clusters, hinge
 from cem_nb.core import record_of
 from cem_nb.mixture import GaussianMixture, assign, mutual_information_bound
 
 SIGMA = 0.1
-NAMES = ['diag', 'full', 'pairwise', 'full-pairwise', 'release']
+NAMES = ['diag', 'full', 'pairwise', 'full-pairwise', 'letter', 'balanced', 'release']
 
 
 def features(n=120, m=6, classes=3, seed=0):
@@ -23,8 +23,9 @@ def features(n=120, m=6, classes=3, seed=0):
 
 
 def make(name, **kwargs):
-    own = {} if name == 'release' else dict(scale='sum')
-    return CEMS[name](**dict(noise_std=SIGMA, n_classes=3, lam=1.0) | own | kwargs)
+    "With a value of L_C in nats: weight 6 for the 6 dimensions, or lam = 1 where lam is the weight."
+    lam = 1.0 if name in ('letter', 'release') else 6/DOSE
+    return CEMS[name](**dict(noise_std=SIGMA, n_classes=3, n_epochs=1, lam=lam) | kwargs)
 
 
 def fitted(name, **kwargs):
@@ -32,17 +33,19 @@ def fitted(name, **kwargs):
     return make(name, **kwargs).fit(z, y), z, y
 
 
-def grad_of(cem, z, y):
+def grad_of(cem, z, y, autocast=None):
     z = z.clone().requires_grad_()
-    value = cem(z, y)
-    return value, torch.autograd.grad(value, z)[0]
+    with torch.autocast('cpu', dtype=autocast or torch.bfloat16, enabled=autocast is not None): value = cem(z, y)
+    loss = value + z.sum() if isinstance(cem, BalancedCEM) else value  # something to be balanced against
+    return value, torch.autograd.grad(loss, z)[0]
 
 
 def test_registry():
     assert set(CEMS) == set(NAMES) and all(issubclass(c, CEM) for c in CEMS.values())
+    assert list(CEMS) == NAMES and [n for n, c in CEMS.items() if c.ramped] == ['release']
     for c in CEMS.values():
-        settings = record_of(CEM, leave_out=('noise_std', 'n_classes', 'seed'))()
-        assert c(noise_std=SIGMA, n_classes=3, **settings.model_dump()).lam == 16.0
+        settings = record_of(CEM, leave_out=('noise_std', 'n_classes', 'n_epochs', 'seed'))()
+        assert c(noise_std=SIGMA, n_classes=3, n_epochs=1, **settings.model_dump()).lam == 16.0
 
 
 @pytest.mark.parametrize('name', NAMES[1:4])
@@ -118,11 +121,12 @@ def test_soft_weights_with_hard_covariances_are_no_bound():
 def test_right_after_every_fit_the_sum_is_a_bound(name):
     for seed in range(8, 12):
         z = contaminated(seed)
-        truth, cem = exact_information(z[:, 0], SIGMA), CEMS[name](noise_std=SIGMA, n_classes=1, seed=seed, scale='sum')
+        truth, cem = exact_information(z[:, 0], SIGMA), CEMS[name](noise_std=SIGMA, n_classes=1, n_epochs=12, seed=seed)
         for _ in range(12):
             cem.fit(z, None)
             assert cem.bound(cem.pi, cem.Sigma).item() > truth
-            if name != 'diag': assert mutual_information_bound(cem.pi, cem.mu, cem.Sigma, SIGMA, 'pairwise').item() > truth
+            pairwise = mutual_information_bound(cem.pi, cem.mu, cem.Sigma, SIGMA, 'pairwise')
+            if name != 'diag': assert pairwise.item() > truth
 
 
 def test_hard_clusters_are_one_division_of_the_features():
@@ -157,9 +161,199 @@ def test_full_covariances_of_wide_features_in_float32(name):
     z = 30*torch.randn(300, 8, generator=g) @ torch.randn(8, 512, generator=g)/8**0.5
     y, losses = torch.arange(300) % 2, []
     for dtype in (torch.float32, torch.float64):
-        cem = CEMS[name](noise_std=0.025, n_classes=2, n_components=2, scale='mean').fit(z.to(dtype), y)
+        cem = CEMS[name](noise_std=0.025, n_classes=2, n_components=2, n_epochs=1).fit(z.to(dtype), y)
         losses.append(cem(z[:64].to(dtype), y[:64]).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_letter_is_eq7_with_weight_lam_whatever_the_training():
+    z, y = features()
+    a, b = (CEMS['letter'](noise_std=SIGMA, n_classes=3, n_epochs=n, lam=16.0).fit(z, y) for n in (1, 50))
+    diag = fitted('diag')[0]
+    (value, grad), (nats, plain) = (grad_of(c, z[:30], y[:30]) for c in (a, diag))
+    assert a.weight == 16 and a.l_c.item() == pytest.approx(nats.item())
+    assert value.item() == pytest.approx(16*nats.item()) == grad_of(b, z[:30], y[:30])[0].item()
+    assert torch.allclose(grad, 16*plain)
+
+
+# Balanced pulls
+
+class Toy:
+    "A split network in training; `step` returns the two pulls, each from a graph of its own."
+    def __init__(self, width=16, lam=16.0, seed=0, **kwargs):
+        torch.manual_seed(seed)
+        self.y = torch.arange(240) % 3
+        self.x = torch.randn(3, 8)[self.y] + 1.5*torch.randn(240, 8)
+        self.encoder = nn.Sequential(nn.Linear(8, width), nn.Sigmoid())
+        self.server = nn.Linear(width, 3)
+        self.cem = BalancedCEM(noise_std=0.05, n_classes=3, n_epochs=1, lam=lam, **kwargs)
+        self.cem.fit(self.encoder(self.x).detach(), self.y)
+        self.opt = torch.optim.SGD([*self.encoder.parameters(), *self.server.parameters()], 0.05)
+
+    def others(self, z_hat, y): return nn.functional.cross_entropy(self.server(z_hat), y) + 0.1*z_hat.square().mean()
+
+    def pulls(self, rows):
+        cem, (x, y), found = copy.deepcopy(self.cem).eval(), (self.x[rows], self.y[rows]), []
+        for loss in (cem, self.others):
+            z_hat = self.encoder(x)
+            found.append(torch.autograd.grad(loss(z_hat, y), z_hat)[0].norm().item())
+        return found
+
+    def step(self, batch=40, ramp=1.0, scale=1.0):
+        rows = torch.randint(240, (batch,))
+        pulls = self.pulls(rows)
+        z_hat = self.encoder(self.x[rows])
+        loss = self.others(z_hat, self.y[rows]) + ramp*self.cem(z_hat, self.y[rows])
+        self.opt.zero_grad(); (scale*loss).backward()
+        for p in [*self.encoder.parameters(), *self.server.parameters()]: p.grad /= scale
+        self.opt.step()
+        return pulls
+
+    def ratio(self, **kwargs):
+        "Of the mean pulls, after ten steps to get used to."
+        found = np.array([self.step(**kwargs) for _ in range(60)])[10:]
+        return found[:, 0].sum()/found[:, 1].sum()
+
+
+@pytest.mark.parametrize('width, batch, lam', [(16, 40, 16.0), (64, 40, 16.0), (16, 10, 16.0), (16, 40, 50.0)])
+def test_balanced_pulls_by_lam_per_cent_of_all_else_whatever_width_and_batch(width, batch, lam):
+    assert Toy(width, lam).ratio(batch=batch) == pytest.approx(lam/100, rel=0.1)
+
+
+@pytest.mark.parametrize('kwargs', [dict(ramp=0.25), dict(scale=2.0**12)])
+def test_balanced_knows_a_ramp_and_a_loss_scale(kwargs):
+    "The weight that is measured does not depend on either: a ramp is then applied once, a scale not at all."
+    assert Toy().ratio(**kwargs) == pytest.approx(0.16, rel=0.1)
+
+
+def test_balanced_is_exact_after_one_measurement():
+    toy = Toy()
+    assert toy.cem.weight == 0  # nothing has been measured yet
+    first = toy.step()
+    assert first[0] == 0
+    norms, weight = toy.cem.balance.norms.clone(), toy.cem.weight
+    assert norms[0].item() == pytest.approx(0.1*first[1], rel=1e-5)
+    assert weight.item() == pytest.approx(0.16*norms[0].item()/norms[1].item())
+    assert toy.step()[0] > 0
+
+
+def test_balanced_leaves_the_gradient_of_the_rest_alone():
+    toy = Toy()
+    for _ in range(3): toy.step()
+    rows = torch.arange(40)
+    toy.opt.zero_grad()
+    z_hat, weight = toy.encoder(toy.x[rows]), toy.cem.weight
+    (toy.others(z_hat, toy.y[rows]) + toy.cem(z_hat, toy.y[rows])).backward()
+    got = toy.encoder[0].weight.grad.clone()
+    cem = toy.cem
+    z_hat = toy.encoder(toy.x[rows])
+    j = assign(z_hat.detach(), cem.mu)
+    pull = (z_hat - cem.mu[j])/(240*16*(cem.Sigma[j] + 0.05**2))
+    toy.opt.zero_grad()
+    (toy.others(z_hat, toy.y[rows]) + (weight*pull.detach()*z_hat).sum()).backward()
+    assert torch.allclose(got, toy.encoder[0].weight.grad, atol=1e-7)
+
+
+def test_balanced_value_is_weight_times_loss():
+    toy = Toy()
+    for _ in range(3): toy.step()
+    z_hat = toy.encoder(toy.x[:40])
+    value = toy.cem(z_hat, toy.y[:40])
+    assert value.item() == pytest.approx(toy.cem.weight.item()*toy.cem.l_c.item()) and value.requires_grad
+
+
+def test_lam_0_pulls_by_nothing():
+    toy = Toy(lam=0.0)
+    assert toy.ratio() == 0
+
+
+def test_gradients_that_overflowed_are_not_counted():
+    toy = Toy()
+    for _ in range(2): toy.step()
+    before = toy.cem.balance.norms.clone()
+    z_hat = toy.encoder(toy.x[:40])
+    ((toy.others(z_hat, toy.y[:40]) + toy.cem(z_hat, toy.y[:40]))*math.inf).backward()
+    assert torch.equal(before, toy.cem.balance.norms)
+    assert toy.cem.weight.isfinite() and toy.cem.weight > 0
+
+
+def test_balanced_training_resumes_bit_for_bit():
+    a, b = Toy(), Toy()
+    for _ in range(5): a.step()
+    b.cem.load_state_dict(copy.deepcopy(a.cem.state_dict()))
+    for part in ('encoder', 'server'): getattr(b, part).load_state_dict(getattr(a, part).state_dict())
+    weights = []
+    for toy in (a, b):
+        torch.manual_seed(3)
+        toy.cem.fit(toy.encoder(toy.x).detach(), toy.y)
+        for _ in range(3): toy.step()
+        weights.append((toy.cem.weight.item(), toy.cem.l_c.item(), toy.encoder[0].weight.sum().item()))
+    assert weights[0] == weights[1] and weights[0][0] > 0
+
+
+def test_a_feature_whose_gradient_never_comes_is_an_error():
+    toy = Toy()
+    one = lambda z: toy.cem(z, toy.y[:40])
+    z_hat = toy.encoder(toy.x[:40])
+    one(z_hat); one(z_hat)  # a look at the loss is no error
+    with pytest.raises(RuntimeError, match='backward'): one(z_hat)
+    toy = Toy()
+    for _ in range(2): toy.cem(toy.encoder(toy.x[:40]).detach(), toy.y[:40])
+    with pytest.raises(RuntimeError, match='detached'): toy.cem(toy.encoder(toy.x[:40]).detach(), toy.y[:40])
+    toy = Toy()
+    for _ in range(4):
+        toy.step()
+        one(toy.encoder(toy.x[:40]))  # now and then is none either
+    for _ in range(5):
+        with torch.no_grad(): one(z_hat)
+    toy.cem.eval()
+    for _ in range(5): one(z_hat)
+
+
+def test_a_view_that_no_other_loss_sees_is_an_error():
+    toy = Toy()
+    def step():
+        z_hat = toy.encoder(toy.x[:40])
+        (toy.others(z_hat, toy.y[:40]) + toy.cem(z_hat.flatten(1)*1, toy.y[:40])).backward()
+    step()
+    with pytest.raises(RuntimeError, match='very tensor'): step()
+
+
+def test_looking_measures_nothing():
+    z, y = features()
+    cem = BalancedCEM(noise_std=SIGMA, n_classes=3, n_epochs=1).fit(z, y)
+    (cem(p := z[:20].clone().requires_grad_(), y[:20]) + p.square().sum()).backward()
+    before = copy.deepcopy(cem.state_dict())
+    with torch.no_grad(): value = cem(z[20:60], y[20:60])
+    assert not value.requires_grad and value.item() == pytest.approx(cem.weight.item()*cem.l_c.item())
+    with torch.inference_mode(): assert cem(z[20:60], y[20:60]).item() == value.item()
+    cem(z[20:60], y[20:60])  # needs no gradient
+    cem.eval()
+    assert grad_of(cem, z[20:60], y[20:60])[0].item() == pytest.approx(value.item())
+    after = cem.state_dict()
+    assert torch.equal(before['balance.norms'], after['balance.norms'])
+    for key in ('pi', 'mu', 'Sigma'): assert torch.equal(before['_extra_state'][key], after['_extra_state'][key])
+
+
+def test_balanced_images_of_features_in_half_precision_keep_small_pulls():
+    "Of 1/N m each, too small for float16."
+    z = torch.rand(3000, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    cems = [BalancedCEM(noise_std=SIGMA, n_classes=3, n_epochs=1).fit(t, None) for t in (z.half().float(), z.half())]
+    for cem, t in zip(cems, (z.half().float(), z.half())):
+        p = t[:64].clone().requires_grad_()
+        (cem(p, None) + p.square().sum()).backward()
+    a, b = (cem.balance.norms for cem in cems)
+    assert torch.allclose(a, b, rtol=1e-3) and b[1] > 0
+
+
+def test_balanced_pulls_by_nothing_where_features_coincide():
+    same = torch.zeros(40, 6)
+    flat = BalancedCEM(noise_std=SIGMA, n_classes=3, n_epochs=1).fit(same, torch.arange(40) % 3)
+    for _ in range(3):
+        p = same[:8].clone().requires_grad_()
+        loss = flat(p, torch.arange(8) % 3) + p.sum()
+        loss.backward()
+        assert loss.isfinite() and torch.equal(p.grad, torch.ones_like(p))
 
 
 # The release
@@ -204,15 +398,13 @@ def test_release_mixes_every_batch_with_the_last_fit():
     assert all(torch.equal(a, b) for a, b in zip(before, (cem.pi, cem.mu, cem.Sigma)))
 
 
-def test_release_has_its_own_scale():
+def test_release_has_its_own_weight():
     z, y = features()
-    cem = ReleaseCEM(noise_std=SIGMA, n_classes=3).fit(z, y)
+    cem = ReleaseCEM(noise_std=SIGMA, n_classes=3, n_epochs=7).fit(z, y)
     value, grad = grad_of(cem, z[:30], y[:30])
-    assert cem.weight.item() == 16 and value.item() == pytest.approx(16*cem.l_c.item())
+    assert cem.weight == 16 and value.item() == pytest.approx(16*cem.l_c.item())
     assert torch.allclose(grad, 16*grad_of(fitted('release')[0], z[:30], y[:30])[1])
-    for scale in ('mean', 'sum'):
-        with pytest.raises(ValueError, match='scale'): ReleaseCEM(noise_std=SIGMA, n_classes=3, scale=scale)
-    with pytest.raises(ValueError, match='n_components'): ReleaseCEM(noise_std=SIGMA, n_classes=3, n_components=4)
+    with pytest.raises(ValueError, match='n_components'): make('release', n_components=4)
     with pytest.raises(ValueError, match='class 1'): make('release').fit(z[:6], y[:6]*0)
     with pytest.raises(ValueError, match='batch of 0'): cem(z[:0], y[:0])
 
@@ -227,11 +419,12 @@ def test_hinge():
 # Every variant
 
 @pytest.mark.parametrize('name', NAMES)
-def test_balanced_or_not_it_plugs_into_a_training(name):
+def test_every_variant_plugs_into_a_training(name):
     torch.manual_seed(0)
     y = torch.arange(120) % 3
-    x, encoder, server = torch.randn(3, 8)[y] + torch.randn(120, 8), nn.Sequential(nn.Linear(8, 6), nn.Sigmoid()), nn.Linear(6, 3)
-    cem, opt = CEMS[name](noise_std=SIGMA, n_classes=3), torch.optim.SGD(encoder.parameters(), 0.1)
+    x = torch.randn(3, 8)[y] + torch.randn(120, 8)
+    encoder, server = nn.Sequential(nn.Linear(8, 6), nn.Sigmoid()), nn.Linear(6, 3)
+    cem, opt = CEMS[name](noise_std=SIGMA, n_classes=3, n_epochs=3), torch.optim.SGD(encoder.parameters(), 0.1)
     for _ in range(3):
         cem.fit(encoder(x).detach(), y)
         for rows in torch.randperm(120).split(40):
@@ -298,7 +491,9 @@ def test_half_precision_features_are_only_rounded(dtype, name):
     for i in range(0, 120, 12):
         (got, grad), (want, _) = (grad_of(c, b, y[i:i + 12]) for c, b in
                                   ((half, z[i:i + 12].to(dtype)), (wide, z[i:i + 12].to(dtype).float())))
-        assert got.item() == want.item() and got.dtype == torch.float32
+        # the other losses' gradient, which is rounded, is part of what balanced measures
+        assert got.item() == (pytest.approx(want.item(), rel=0.02) if name == 'balanced' else want.item())
+        assert got.dtype == torch.float32
         assert grad.dtype == dtype and grad.isfinite().all()
     if name != 'release': assert half.pi.sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -307,6 +502,7 @@ def test_half_precision_features_are_only_rounded(dtype, name):
 def test_autocast_does_not_reach_the_mixture(name):
     cem, z, y = fitted(name)
     twin = copy.deepcopy(cem)
-    with torch.autocast('cpu', dtype=torch.bfloat16): got = grad_of(twin, z[:30], y[:30])
+    got = grad_of(twin, z[:30], y[:30], autocast=torch.bfloat16)
     want = grad_of(cem, z[:30], y[:30])
     assert got[0] == want[0] and torch.equal(got[1], want[1]) and torch.equal(cem.Sigma, twin.Sigma)
+    if name == 'balanced': assert torch.equal(cem.balance.norms, twin.balance.norms)
