@@ -12,7 +12,7 @@ from torch import nn
 from cem_nb import cost
 from cem_nb.cost import cost_table, macs, paper_cost, plot_cost, show_cost, time_inference
 from cem_nb.methods import DEFENSES, make_defense
-from cem_nb.models import ARCHS, Decoder, SplitModel, n_params, split_model
+from cem_nb.models import NETWORKS, Decoder, SplitModel, n_params, split_model
 
 
 def closed_form(module, shape):
@@ -47,7 +47,7 @@ def test_macs_of_single_layers(groups, kernel, stride, dilation, bias, transpose
     assert macs(net, (4, side, side)) == closed_form(net, (4, side, side)) > 0
 
 
-@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('arch', NETWORKS)
 @pytest.mark.parametrize('size', [16, 64])
 def test_macs_of_the_networks(arch, size):
     m = split_model(arch, 7, image_size=size, width=0.5)

@@ -5,9 +5,10 @@ import torch
 from cem_nb.data import load_data
 from cem_nb.methods import make_defense
 from cem_nb.models import n_params, split_model
-from cem_nb.training import CEMConfig, DivergedError, TrainConfig, train
+from cem_nb.experiment import Experiment
+from cem_nb.training import DivergedError, train
 
-TRAIN = dict(width=0.125, epochs=4, batch_size=64, lr=0.02)
+TINY = Experiment().replace(width=0.125, epochs=4, batch_size=64, lr=0.02)
 
 
 @pytest.fixture(scope='module')
@@ -17,15 +18,17 @@ def digits(): return load_data('digits', n_train=256)
 def test_more_noise_reaches_the_regulariser(digits, monkeypatch):
     "CEM must bound the entropy of the noise that is really sent."
     import cem_nb.training as tr
-    seen, real = [], tr.CEM
-    monkeypatch.setattr(tr, 'CEM', lambda **k: seen.append(k['noise_std']) or real(**k))
-    row = dict(defense='Noise_Nopeek', params=dict(noise_factor=3.0), cem=CEMConfig())
-    train(TrainConfig(**row, **dict(TRAIN, epochs=1)), digits)
+    seen, real = [], tr.build_cem
+    def spying(*args):
+        seen.append(real(*args).noise_std)
+        return real(*args)
+    monkeypatch.setattr(tr, 'build_cem', spying)
+    train(TINY.replace(defense='Noise_Nopeek', params=dict(noise_factor=3.0), cem=True, epochs=1), digits)
     assert seen == [pytest.approx(0.075)]
 
 
 def test_patrol_prunes_once_goes_on_training_and_its_weights_load(digits):
-    model, history = train(TrainConfig(defense='PATROL', **TRAIN), digits)
+    model, history = train(TINY.replace(defense='PATROL'), digits)
     assert model.encoder.pruned and len(history) == 4
     fresh = make_defense('PATROL').model('vgg11', 10, in_channels=1, image_size=16, width=0.125, noise_std=0.025)
     assert not fresh.encoder.pruned
@@ -40,7 +43,7 @@ def test_patrol_prunes_once_goes_on_training_and_its_weights_load(digits):
 def test_an_adversarial_run_resumes_bit_for_bit(defense, stop, digits, tmp_path, monkeypatch):
     "Before and after the pruning, which comes when 3 of 4 epochs are done."
     import cem_nb.training as tr
-    config, file = TrainConfig(defense=defense, cem=CEMConfig(), **TRAIN), tmp_path/'c.pt'
+    config, file = TINY.replace(defense=defense, cem=True), tmp_path/'c.pt'
     whole, history = train(config, digits)
     real, seen = tr.lr_at, []
     def killed(c, epoch):
@@ -56,13 +59,13 @@ def test_an_adversarial_run_resumes_bit_for_bit(defense, stop, digits, tmp_path,
 
 def test_the_curves_say_whether_a_defence_was_at_work(digits):
     "A hinge that never opens is a row of the table under another name; the record must show it."
-    curve = lambda **k: [e['l_d'] for e in train(TrainConfig(**dict(TRAIN, epochs=2), **k), digits)[1]]
+    curve = lambda **k: [e['l_d'] for e in train(TINY.replace(epochs=2, **k), digits)[1]]
     assert curve() == [0, 0] and curve(defense='ResSFL', params=dict(t=1.0)) == [0, 0]
     assert min(curve(defense='ResSFL', params=dict(t=0.0))) > 1e-3 and min(curve(defense='DistCorr')) > 1e-3
 
 
 def test_patrol_without_its_loss_is_a_longer_pruned_encoder_alone(digits):
-    off = TrainConfig(defense='PATROL', params=dict(alpha=0.0), **TRAIN)
+    off = TINY.replace(defense='PATROL', params=dict(alpha=0.0))
     model, history = train(off, digits)
     assert [e['l_d'] for e in history] == [0]*4 and model.encoder.pruned
 
@@ -70,4 +73,4 @@ def test_patrol_without_its_loss_is_a_longer_pruned_encoder_alone(digits):
 @pytest.mark.parametrize('row', [dict(defense='PATROL', params=dict(lipschitz=0.1)), dict(defense='DistCorr')])
 def test_a_defence_that_diverges_is_a_divergence(row, digits):
     "Not an error of the singular value decomposition, which would take a whole table with it, nor a loss of 0."
-    with pytest.raises(DivergedError): train(TrainConfig(**row, **dict(TRAIN, epochs=1, lr=1e30)), digits)
+    with pytest.raises(DivergedError): train(TINY.replace(epochs=1, lr=1e30, **row), digits)
