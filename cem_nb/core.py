@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'register', 'number', 'whole', 'one_of', 'finite_tensor',
-           'finite_array', 'cholesky', 'stage_seed', 'seeded']
+           'finite_array', 'cholesky', 'full_precision', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
-import hashlib, inspect, math, os
+import hashlib, inspect, math, os, platform
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timezone
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,8 @@ import torch
 from numpy.typing import ArrayLike
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from torch import Tensor
+
+from . import __version__
 
 # %% ../nbs/1_base/01_core.ipynb #7caaf509
 def project_dir() -> Path:
@@ -182,6 +186,23 @@ def cholesky(
     raise ValueError(f'{which} is not positive definite, so its entropy is -inf: add noise, raise reg_covar, or drop the '
                      'directions without variance')
 
+# %% ../nbs/1_base/01_core.ipynb #39ac7756
+def full_precision(
+    function: Callable,  # of floating point tensors alone
+) -> Callable:
+    "`function` outside autocast and in float32 or float64; `TypeError` for tensors of whole numbers."
+    def widen(x):
+        if not x.is_floating_point(): raise TypeError(f'got {x.dtype}; give floating point (images as numbers in [0, 1], not bytes)')
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+    @wraps(function)
+    def exact(*tensors):
+        tensors = [widen(x) for x in tensors]
+        kind = tensors[0].device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return function(*tensors)
+    return exact
+
 # %% ../nbs/1_base/01_core.ipynb #8a4eb75f
 def stage_seed(
     seed: int,    # of the run
@@ -201,3 +222,20 @@ def seeded(
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         torch.manual_seed(stage_seed(seed, *stage))
         yield
+
+# %% ../nbs/1_base/01_core.ipynb #ab9eac38
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')
+             ] if info.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def provenance(device: torch.device) -> dict:
+    "Hardware, versions and date, as they are kept with every result."
+    if device.type == 'cuda': hardware = torch.cuda.get_device_name(device)
+    else:
+        n = torch.get_num_threads()
+        hardware = f'{n} CPU thread{"s"*(n > 1)}, {_cpu_name()}'
+    return dict(hardware=hardware, python=platform.python_version(), torch=torch.__version__,
+                cem_nb=__version__, date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))

@@ -10,6 +10,7 @@ __all__ = ['DATASETS', 'DataError', 'Split', 'Augment', 'ImageData', 'to_float',
 import hashlib, json, os, warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -168,28 +169,31 @@ def _subfolders(folder: Path, what: str) -> list[Path]:
     return subs
 
 # %% ../nbs/1_base/03_data.ipynb #5b644f4d
-def _decode(path: Path, size: int | None, mode: str) -> np.ndarray:
-    "One image, [H, W] or [H, W, 3]; resized to cover size x size and cropped in the middle if `size` is given."
+@contextmanager
+def _opened(path: Path):
+    "The image, lazily decoded. Raises `DataError`."
     try:
-        with Image.open(path) as im:
-            im = im.convert(mode)
-            if size and im.size != (size, size):
-                r = size/min(im.size)
-                w, h = (max(size, round(s*r)) for s in im.size)
-                left, top = (w - size)//2, (h - size)//2
-                im = im.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-            return np.asarray(im)
+        with Image.open(path) as image: yield image
     except (OSError, ValueError, SyntaxError) as e:
         raise DataError(f'{path} cannot be read as an image ({e}); replace or delete it') from None
 
 # %% ../nbs/1_base/03_data.ipynb #31e285a0
+def _decode(path: Path, size: int | None, mode: str) -> np.ndarray:
+    "One image, [H, W] or [H, W, 3]; resized to cover size x size and cropped in the middle if `size` is given."
+    with _opened(path) as image:
+        image = image.convert(mode)
+        if size and image.size != (size, size):
+            r = size/min(image.size)
+            w, h = (max(size, round(s*r)) for s in image.size)
+            left, top = (w - size)//2, (h - size)//2
+            image = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+        return np.asarray(image)
+
+# %% ../nbs/1_base/03_data.ipynb #c449a426
 def _common_size(files: list[Path]) -> int | None:
     "None if every image is one square size that two poolings divide; else 64."
-    def size(p):
-        try:
-            with Image.open(p) as im: return im.size
-        except (OSError, ValueError, SyntaxError) as e:
-            raise DataError(f'{p} cannot be read as an image ({e}); replace or delete it') from None
+    def size(path):
+        with _opened(path) as image: return image.size
     with ThreadPoolExecutor(8) as pool: sizes = set(pool.map(size, files))
     w, h = next(iter(sizes))
     return None if len(sizes) == 1 and w == h and w % 4 == 0 else 64

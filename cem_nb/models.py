@@ -155,8 +155,9 @@ def split_model(
 ) -> SplitModel:
     "A classifier cut in two, as in Section 5.1. Raises `ValueError` for a network or a cut that does not exist."
     network = NETWORKS[arch]
+    cut = network.cut if cut is None else cut
     c = _scaled(extra, width) if extra else in_channels
-    encoder, server = network.halves(n_classes, c, image_size, width, cut or network.cut, bottleneck)
+    encoder, server = network.halves(n_classes, c, image_size, width, cut, bottleneck)
     if extra: encoder = nn.Sequential(_conv(in_channels, c), nn.BatchNorm2d(c), nn.ReLU(inplace=True), *encoder)
     return SplitModel(encoder, server, noise_std, drop)
 

@@ -231,7 +231,7 @@ def test_plot_shows_medians_and_quartiles(table):
 @pytest.mark.parametrize('bad, why', [(dict(repeats=0), 'repeats is 0'), (dict(repeats=-3), 'repeats is -3'),
                                       (dict(repeats=2.5), 'repeats is 2.5'), (dict(warmup=-1), 'warmup is -1'),
                                       (dict(x=torch.zeros(0, 4)), 'empty'), (dict(x=[[1.0]*4]), 'no tensor'),
-                                      (dict(x=torch.full((2, 4), float('nan'))), 'nan'),
+                                      (dict(x=torch.full((2, 4), float('nan'))), 'x holds NaN'),
                                       (dict(x=torch.zeros(2, 4, device='meta')), 'x is on meta')])
 def test_bad_timing(bad, why):
     with pytest.raises(ValueError, match=why): time_inference(nn.Linear(4, 2), **dict(x=torch.zeros(2, 4)) | bad)

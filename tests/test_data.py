@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cem_nb.data import (Augment, DataError, Split, augment_batch, batches, data_dir, load_data, project_dir, runs_dir,
-                         split_train, to_float)
+from cem_nb.core import data_dir, project_dir, runs_dir
+from cem_nb.data import Augment, DataError, Split, augment_batch, batches, load_data, split_train, to_float
 
 
 def write_image(path, value, size=(16, 16), mode='RGB'):

@@ -1,18 +1,25 @@
 "The export, the README, the environments and the notebooks' metadata are in sync, and the module stands alone."
 import configparser
 import importlib.util
+import io
 import json
+import keyword
 import re
+import statistics
 import subprocess
 import sys
+import tokenize
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
+from cem_nb.store import SCHEMA
+
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and not p.stem.startswith('out'))
 MODULES = sorted(p.stem for p in (ROOT/'cem_nb').glob('*.py') if not p.stem.startswith('_'))
 pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason='needs a checkout')
 
@@ -20,9 +27,12 @@ pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason='needs a checkout')
 def cells(path): return json.loads(path.read_text())['cells']
 
 
+def sources(path): return [''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code']
+
+
 def order():
-    "Module name to its place in the order of the notebooks."
-    names = [m[1] for p in NOTEBOOKS for c in cells(p) if (m := re.match(r'#\| default_exp (\w+)', ''.join(c['source'])))]
+    "Module name to its place in the order of the chapters."
+    names = [m[1] for p in NOTEBOOKS for s in sources(p) if (m := re.match(r'#\| default_exp (\w+)', s))]
     return {n: i for i, n in enumerate(names)}
 
 
@@ -58,6 +68,14 @@ def test_modules_depend_in_the_order_of_the_notebooks():
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_between_notebooks_lead_somewhere(path):
+    for c in cells(path):
+        if c['cell_type'] != 'markdown': continue
+        for link in re.findall(r'\]\((?!https?:|#|attachment:)([^)\s]+)\)', ''.join(c['source'])):
+            assert (path.parent/link.split('#')[0]).exists(), link
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_metadata_and_opening(path):
     nb = json.loads(path.read_text())
     assert set(nb['metadata']) <= {'kernelspec'} and nb['metadata']['kernelspec']['name'] == 'python3'
@@ -67,6 +85,45 @@ def test_metadata_and_opening(path):
         assert c.get('execution_count') is None and set(c['metadata']) <= {'tags'}
         assert not any(o['output_type'] == 'error' for o in c.get('outputs', []))
     assert path.stat().st_size < 1_500_000
+
+
+def test_a_chapter_is_short_and_its_cells_are_small():
+    lines = [len(s.splitlines()) - 1 for p in NOTEBOOKS for s in sources(p) if s.startswith('#| export')]
+    assert statistics.median(lines) <= 15
+    for p in NOTEBOOKS: assert len(cells(p)) <= 60, p.name
+    for m in MODULES: assert len((ROOT/'cem_nb'/f'{m}.py').read_text().splitlines()) <= 350, m
+
+
+def misspelt_operators(source):
+    "Lines in which `*`, `/`, `//` or `**` stands with spaces between its operands, or `@` without."
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline)
+              if t.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)]
+    for before, t, after in zip(tokens, tokens[1:], tokens[2:]):
+        operand = before.type in (tokenize.NAME, tokenize.NUMBER) and not keyword.iskeyword(before.string) or before.string in (')', ']')
+        if t.type != tokenize.OP or not operand or before.end[0] != t.start[0] or t.end[0] != after.start[0]: continue
+        if after.string in (',', ')') or after.type == tokenize.NEWLINE: continue
+        gaps = t.start[1] - before.end[1], after.start[1] - t.end[1]
+        if t.string in ('*', '/', '//', '**') and gaps != (0, 0) or t.string == '@' and gaps != (1, 1): yield t.line.strip()
+
+
+def test_operators_have_one_spelling():
+    assert list(misspelt_operators('x = a * b\ny = a@b\nz = a*b @ c\ndef f(a, *, b): print(*a, **b)')) == ['x = a * b', 'y = a@b']
+    code = [s for p in NOTEBOOKS for s in sources(p) if not s.lstrip().startswith(('%', '!'))]
+    for s in code + [p.read_text() for p in (*(ROOT/'tests').glob('*.py'), *(ROOT/'examples').glob('*.py'))]:
+        assert not list(misspelt_operators(s))
+        assert max(map(len, s.splitlines()), default=0) <= 140
+
+
+def test_every_committed_result_has_code_that_writes_it_and_the_current_schema():
+    saved = {m for p in NOTEBOOKS for s in sources(p) for m in re.findall(r"\bsave\('([\w-]+)'", s)}
+    for path in (ROOT/'figures').iterdir():
+        assert path.stem.split('_')[0] in saved, f'no notebook writes {path.name}'
+        if path.suffix == '.csv' and 'schema' in (table := pd.read_csv(path)): assert (table.schema == SCHEMA).all(), path.name
+
+
+def test_contributing_shows_the_example():
+    text = (ROOT/'CONTRIBUTING.md').read_text()
+    assert (ROOT/'examples'/'own_methods.py').read_text().strip() in text, 'CONTRIBUTING.md shows examples/own_methods.py'
 
 
 def test_tables_have_their_parameters_tag():
@@ -121,7 +178,7 @@ def test_the_wheel_carries_the_papers_numbers(tmp_path):
     pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
     subprocess.run([*pip, 'install', '--no-deps', '--no-build-isolation', '--prefix', tmp_path/'env', tmp_path/'src'], check=True)
     site = next((tmp_path/'env').glob('lib/python*/site-packages'))
-    code = ('import cem_nb.stats as r\n'
+    code = ('import cem_nb.paper as r\n'
             f'assert r.__file__.startswith({str(tmp_path)!r}), r.__file__\n'
             'assert r.paper_numbers(1).loc[("Bottleneck", False), "accuracy"] == 90.87')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,

@@ -1,0 +1,73 @@
+import pytest
+from hypothesis import given, settings, strategies as st
+from pydantic import ValidationError
+
+from cem_nb.data import load_data
+from cem_nb.decoder import DecoderAttack
+from cem_nb.experiment import PRESETS, CEMSettings, DataSettings, Experiment, preset
+from cem_nb.gan import GAN
+from cem_nb.methods import DEFENSES
+from cem_nb.oracle import Oracle
+
+
+def test_a_part_has_the_defaults_of_the_function_it_is_made_of():
+    assert load_data(**dict(DataSettings())).fingerprint == load_data().fingerprint
+    assert Experiment().model.noise_std == 0.025 and Experiment().training.epochs == 240
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.fixed_dictionaries({}, optional=dict(
+    noise_std=st.floats(0.001, 1), lam=st.floats(0, 100), cut=st.integers(1, 7), width=st.floats(0.1, 2), lr=st.floats(1e-4, 1),
+    seed=st.integers(0, 9), n_train=st.integers(1, 999), decoder__width=st.integers(1, 64), epochs=st.integers(1, 300),
+    defense=st.sampled_from([d for d in DEFENSES if DEFENSES[d].cls.cem]), variant=st.sampled_from(['diag', 'full', 'release']))))
+def test_what_is_replaced_is_what_settings_say_and_nothing_else_moves(changes):
+    base = preset('quick', lam=4.0)
+    got, was = base.replace(**changes).settings(), base.settings()
+    if changes.get('lam') == 0:
+        assert got['cem'] is False and got['lam'] == 0
+        changes = {k: v for k, v in changes.items() if k not in ('lam', 'variant')}
+        for s in (got, was):
+            for k in ('cem', 'lam', 'variant', 'n_components'): s.pop(k)
+    own = ('params',) if 'defense' in changes else ()  # another defence has settings of its own
+    assert {k: v for k, v in got.items() if k not in own} == {k: v for k, v in (was | changes).items() if k not in own}
+
+
+def test_cem_is_on_off_or_as_it_was():
+    base = Experiment()
+    with_cem = base.replace(lam=2.0, variant='full')
+    assert base.replace(cem=True).cem == CEMSettings() and with_cem.replace(cem=True) == with_cem
+    assert with_cem.replace(cem=False) == base == with_cem.replace(lam=0) and with_cem.replace(lam=3.0).cem.variant == 'full'
+    assert (base.row, with_cem.row) == ('Bottleneck', 'Bottleneck+CEM')
+
+
+def test_another_defence_does_not_inherit_settings():
+    e = Experiment(defense='DistCorr', params=dict(alpha=0.7))
+    assert e.replace(defense='Dropout').params == DEFENSES['Dropout'].settings and e.replace(lr=0.1).params['alpha'] == 0.7
+
+
+@pytest.mark.parametrize('bad', [dict(epochs=0), dict(lr='0.1'), dict(lr=float('inf')), dict(noise_std=-0.1), dict(wdith=1.0),
+                                 dict(noise_std=0.0, lam=1.0), dict(params={'alpha': 1.0}), dict(seed=-1), dict(decoder__widht=3),
+                                 dict(oracle__draws=3), dict(defense='Dropuot'), dict(defense='No_defense', lam=1.0), dict(lam=-1.0),
+                                 dict(attacks=(DecoderAttack(), DecoderAttack(width=8)))])
+def test_bad_settings(bad):
+    with pytest.raises(ValueError): Experiment().replace(**bad)
+
+
+def test_a_record_survives_json():
+    e = preset('small', (DecoderAttack(), GAN(), Oracle()), lam=2.0, defense='PATROL')
+    assert Experiment.model_validate_json(e.model_dump_json()) == e
+    with pytest.raises(ValidationError): Experiment.model_validate_json(e.model_dump_json().replace('"decoder"', '"decodre"'))
+
+
+def test_each_data_set_has_the_papers_schedule():
+    def trained(**settings):
+        e = preset('paper', **settings)
+        return e.model.arch, e.training.epochs, e.training.batch_size, e.data.image_size
+    assert trained(dataset='cifar10') == ('vgg11', 240, 128, None)
+    assert trained(dataset='tinyimagenet', arch='resnet20') == ('resnet20', 120, 256, None)
+    assert trained(dataset='facescrub') == ('vgg11', 240, 256, None)
+    assert trained(dataset='folder:x', arch='resnet20_wide', image_size=48) == ('resnet20_wide', 120, 128, 48)
+    assert preset('quick', dataset='facescrub').training.epochs == PRESETS['quick']['epochs'] < 120
+    gan, = preset('paper', (GAN(),)).attacks
+    assert (gan.n_epochs, gan.lr, gan.penalty, gan.width, gan.blocks) == (150, 0.005, 10.0, 64, 8)
+    with pytest.raises(ValueError, match='quick'): preset('quik')

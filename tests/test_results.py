@@ -1,0 +1,48 @@
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from cem_nb.core import results_dir
+from cem_nb.parameters import TableParameters
+from cem_nb.results import committed, read_result, save, stem, table_result
+from cem_nb.store import RunError
+
+FRAME = pd.DataFrame(dict(defense=['Bottleneck', 'Bottleneck'], cem=[False, True], seed=[0, 0], acc_test=[50.0, float('nan')],
+                          date=['2026-11-25']*2, hardware=['a CPU']*2, torch=['2.11.0']*2, seconds_train=[3.5, 4.25]))
+
+
+def test_a_name_has_what_differs_from_the_defaults():
+    assert stem('table1', TableParameters()) == 'table1_digits_quick'
+    assert stem('table1', TableParameters(dataset='folder:data/faces/', device='cpu')) == 'table1_folder-faces_quick'
+    assert stem('table2', TableParameters(lam=0.5, seeds='0,1', arch='resnet20')) == 'table2_digits_quick_lam-0.5_seeds-0-1_arch-resnet20'
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    fig = plt.figure()
+    paths = save('table1', TableParameters(), FRAME, gains=fig)
+    assert [p.name for p in paths] == ['table1_digits_quick.csv', 'table1_digits_quick_gains.png'] and paths[1].read_bytes()[:4] == b'\x89PNG'
+    pd.testing.assert_frame_equal(read_result(paths[0]), FRAME)
+    assert not list(results_dir().glob('*.part'))
+    plt.close(fig)
+
+
+def test_a_result_is_whole_or_absent(monkeypatch):
+    save('table1', TableParameters(), FRAME)
+    def full(self, f, **k):
+        open(f, 'w').write('half')
+        raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(pd.DataFrame, 'to_csv', full)
+        with pytest.raises(RunError, match='free some space'): save('table1', TableParameters(), FRAME)
+    pd.testing.assert_frame_equal(read_result(results_dir()/'table1_digits_quick.csv'), FRAME)
+
+
+def test_what_was_committed_says_where_it_comes_from(monkeypatch, tmp_path, capsys):
+    import cem_nb.results as results
+    monkeypatch.setattr(results, 'committed_dir', lambda: tmp_path)
+    assert committed('table1_x') is None and 'no result table1_x' in capsys.readouterr().out
+    FRAME.to_csv(tmp_path/'table1_x.csv', index=False)
+    pd.testing.assert_frame_equal(committed('table1_x'), FRAME)
+    line = capsys.readouterr().out
+    assert all(word in line for word in ('a CPU', '2.11', '2026-11-25', 'seeds 0', 'train 4 s'))
+    assert table_result('table1', TableParameters(dataset='committed'), 'table1_x').equals(FRAME)

@@ -1,0 +1,127 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+import cem_nb.store as store
+import cem_nb.sweep
+from cem_nb.core import runs_dir
+from cem_nb.data import DataError
+from cem_nb.decoder import DecoderAttack
+from cem_nb.experiment import Experiment
+from cem_nb.gan import GAN
+from cem_nb.oracle import Oracle
+from cem_nb.parameters import TableParameters, table_rows
+from cem_nb.store import SCHEMA, RunError
+from cem_nb.sweep import experiments, sweep
+
+DECODER = DecoderAttack(width=8, blocks=0, n_epochs=2, batch_size=64)
+ATTACKS = DECODER, GAN(width=8, blocks=0, n_epochs=2, batch_size=64, critic_width=4), Oracle(n_images=20)
+TINY = Experiment(attacks=(DECODER,)).replace(n_train=256, width=0.125, epochs=2, batch_size=64, lr=0.02)
+TIMES = ['seconds_train', 'seconds_decoder', 'date', 'hardware']
+
+
+def test_axes_are_multiplied_with_rows():
+    points = experiments(TINY, [dict(defense='Dropout'), dict(defense='DistCorr', lam=2.0)], noise_std=[0.01, 0.1], seed=range(3))
+    assert len(points) == 12 and len({e.model_dump_json() for _, e in points}) == 12
+    assert [e.row for _, e in points[:3]] == ['Dropout', 'DistCorr+CEM', 'Dropout']
+    for varied, e in points: assert (e.model.noise_std, e.seed) == (varied['noise_std'], varied['seed'])
+    with pytest.raises(ValueError, match='noise'): experiments(TINY, nosie_std=[0.1])
+
+
+def test_a_table_has_every_row_and_leads_back_to_its_source():
+    frame = sweep(TINY.replace(attacks=ATTACKS), table_rows(TableParameters()))
+    assert len(frame) == 15 and len(set(zip(frame.defense, frame.cem))) == 15
+    for a in ATTACKS:
+        columns = [f'{m}_{p}_{a.name}' for m in a.metrics for p in ('train', 'val', 'test')]
+        assert frame[columns].notna().all().all(), a.name  # the oracle under dropout too
+    assert frame[['acc_test', 'hardware', 'torch', 'date', 'run', 'arch', 'noise_std']].notna().all().all()
+    assert (frame.schema == SCHEMA).all() and (frame.lam > 0).equals(frame.cem)
+    for r in frame.itertuples():
+        stored = json.loads((runs_dir()/r.run/'result.json').read_text())
+        assert stored['accuracy']['test']*100 == r.acc_test
+        assert (json.loads((runs_dir()/r.run/'config.json').read_text())['experiment']['cem'] is not None) == r.cem
+    again = sweep(TINY.replace(attacks=ATTACKS[1:2]), table_rows(TableParameters(methods='Noise_ARL')), seed=[0])
+    assert again.iloc[0].mse_test_gan == frame[frame.defense == 'Noise_ARL'].iloc[0].mse_test_gan
+
+
+def test_it_does_not_matter_where_a_run_is_computed(capsys):
+    seen = []
+    def elsewhere(e):
+        seen.append(e)
+        return store.run(e)
+    a, b = sweep(TINY, compute=elsewhere, seed=[0, 1]), sweep(TINY, seed=[0, 1])
+    pd.testing.assert_frame_equal(a, b)
+    assert [e.seed for e in seen] == [0, 1] and capsys.readouterr().out.count('stored') == 2
+
+
+def test_a_diverged_run_does_not_take_the_others_with_it(monkeypatch, capsys):
+    real = store.train
+    def failing(e, *a, **k):
+        if e.row == 'DistCorr': raise cem_nb.sweep.DivergedError('the loss is nan')
+        return real(e, *a, **k)
+    monkeypatch.setattr(store, 'train', failing)
+    frame = sweep(TINY, defense=['DistCorr', 'Bottleneck'])
+    assert math.isnan(frame.acc_test[0]) and frame.acc_test[1] > 0 and 'diverged' in capsys.readouterr().out
+
+
+def test_what_cannot_be_computed_stops_before_the_first_run(monkeypatch):
+    def never(*args, **kwargs): raise AssertionError
+    monkeypatch.setattr(store, 'train', never)
+    with pytest.raises(DataError): sweep(TINY, dataset=['digits', 'folder:/nowhere'])
+    with pytest.raises(ValueError, match='cut'): sweep(TINY, cut=[2, 0])
+    with pytest.raises(RunError, match='mps'): sweep(TINY, device='mps')
+
+
+SCRIPT = '''
+from cem_nb.decoder import DecoderAttack
+from cem_nb.experiment import Experiment
+from cem_nb.sweep import sweep
+base = Experiment(attacks=(DecoderAttack(width=8, blocks=0, n_epochs=2, batch_size=64),)).replace(
+    n_train=256, width=0.125, epochs=5, batch_size=32, lr=0.02)
+sweep(base, cem=[False, True]).to_json('out.json')
+'''
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_no_finished_run_and_ends_with_the_same_table(tmp_path):
+    def start(where):
+        (tmp_path/where).mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, '-c', SCRIPT], cwd=tmp_path/where, stdout=subprocess.PIPE, text=True,
+                                env=os.environ | dict(CEM_RUNS=str(tmp_path/where/'runs')))
+    assert start('whole').wait(240) == 0
+    process = start('killed')
+    runs, deadline = tmp_path/'killed'/'runs', time.time() + 240
+    while not list(runs.glob('Bottleneck+CEM*.part/checkpoint.pt')):  # the second of two runs is in its epochs
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {p: p.stat().st_mtime_ns for p in runs.glob('Bottleneck-s0-*/**/*.json')}
+    assert len(finished) == 4
+    again = start('killed')
+    assert again.wait(240) == 0 and 'stored' in again.stdout.read()
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    a, b = (pd.read_json(tmp_path/s/'out.json').drop(columns=TIMES) for s in ('whole', 'killed'))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert not list(runs.glob('*.part'))
+
+
+def test_where_something_is_chosen_no_test_score_is_shown(capsys):
+    frame = sweep(TINY, test=False)
+    assert not [c for c in frame if 'test' in c] and frame.mse_val_decoder.notna().all()
+    assert 'val accuracy' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_workers_give_what_one_process_gives(monkeypatch):
+    a = sweep(TINY, workers=2, seed=[0, 1], cem=[False, True])
+    monkeypatch.setenv('CEM_RUNS', os.environ['CEM_RUNS'] + '2')
+    b = sweep(TINY, seed=[0, 1], cem=[False, True])
+    pd.testing.assert_frame_equal(a.drop(columns=TIMES), b.drop(columns=TIMES), check_exact=True)
