@@ -82,7 +82,8 @@ class DecoderAttack(Attack):
 
     def attacker(self, model: SplitModel, train: Split) -> Decoder:
         image = tuple(train.x.shape[1:])
-        net = Decoder(feature_shape(model, image), image, self.width, self.blocks)
+        with evaluating(model): feature = feature_shape(model, image)
+        net = Decoder(feature, image, self.width, self.blocks)
         return net.to(train.x.device, memory_format=torch.channels_last)
 
     def training(self, attacker: nn.Module, model: SplitModel, train: Split, seed: int) -> tuple[dict, Callable]:

@@ -22,7 +22,8 @@ def pairwise_distances(
     x = x/x.detach().abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
     sq = x.square().sum(1)
     d2 = sq[:, None] + sq - 2*x @ x.T
-    zero = (d2 <= torch.finfo(x.dtype).eps*sq.mean()) | torch.eye(len(x), dtype=torch.bool, device=x.device)  # NaN is not
+    zero = d2 <= torch.finfo(x.dtype).eps*sq.mean()  # NaN is not
+    zero.fill_diagonal_(True)
     return d2.where(~zero, 1).sqrt().where(~zero, 0)
 
 # %% ../nbs/3_defend/04_distcorr.ipynb #f3b53604

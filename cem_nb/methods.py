@@ -25,7 +25,8 @@ CANDIDATES = [  # every setting that was tried
     *(dict(defense='DistCorr', params=dict(alpha=alpha)) for alpha in (0.1, 0.3)),
     dict(defense='Dropout', params=dict(p=0.2)),
     *(dict(defense='PATROL', params=dict(alpha=alpha, t=0.3)) for alpha in (0.1, 0.3)),
-    *(dict(defense='ResSFL', params=dict(alpha=alpha, t=t)) for alpha, t in ((0.3, 0.3), (1.0, 0.2), (1.0, 0.3), (1.0, 0.5))),
+    dict(defense='ResSFL', params=dict(alpha=0.3, t=0.3)),
+    *(dict(defense='ResSFL', params=dict(alpha=1.0, t=t)) for t in (0.2, 0.3, 0.5)),
     *(dict(defense='Noise_Nopeek', params=dict(alpha=alpha, noise_factor=4.0)) for alpha in (0.1, 0.3)),
     dict(defense='Noise_ARL', params=dict(alpha=0.3, t=0.3, noise_factor=4.0)),
 ]

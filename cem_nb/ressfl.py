@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .core import full_precision, number
-from .defense import Defense, defense
+from .defense import ProxyDefense, defense
 from .models import Decoder, SplitModel, feature_shape, split_model
 
 # %% ../nbs/3_defend/05_ressfl.ipynb #efce4e9b
@@ -41,7 +41,7 @@ def ssim(
 
     Raises `ValueError` if the shapes differ or are too small, `TypeError` for whole numbers."""
     if x.shape != y.shape or min(x.shape[2:]) < 6:
-        raise ValueError(f'shapes {tuple(x.shape)} and {tuple(y.shape)}; give two batches alike, of at least 6x6 pixels')
+        raise ValueError(f'shapes {list(x.shape)} and {list(y.shape)}; give two batches alike, of at least 6x6 pixels')
     a, b = (gaussian_blur_matrix(s, x.dtype, x.device) for s in x.shape[2:])
     mx, my, xx, yy, xy = (a @ torch.stack([x, y, x*x, y*y, x*y]) @ b.T).unbind()
     c1, c2 = 0.01**2, 0.03**2
@@ -59,12 +59,11 @@ def with_defaults(
 
 # %% ../nbs/3_defend/05_ressfl.ipynb #992c79f9
 @defense('ResSFL', alpha=0.3, t=0.3)
-class ResSFL(Defense):
+class ResSFL(ProxyDefense):
     r"""Adds $\alpha \max(0, \mathrm{SSIM} - t)$ of a proxy decoder that is trained along.
 
     Source: Li et al. 2022 (ResSFL)."""
-    steps = 1    # of the proxy a batch
-    lr = 1e-3    # of the proxy's Adam
+    steps = 1  # of the proxy a batch
 
     def __init__(
         self,
@@ -83,21 +82,8 @@ class ResSFL(Defense):
         side = asked['image_size']
         if side < 6: raise ValueError(f'images of {side} pixels are too small for SSIM; give 6 pixels or more')
         image = asked['in_channels'], side, side
-        self.proxy = Decoder(feature_shape(model, image), image, max(8, round(64*asked['width'])), blocks=4)
-        self.proxy_opt = torch.optim.Adam(self.proxy.parameters(), self.lr)
+        self.learn_along(Decoder(feature_shape(model, image), image, max(8, round(64*asked['width'])), blocks=4))
         return model
-
-    def _apply(self, fn, recurse=True):  # behind .to(), .double(), ...
-        super()._apply(fn, recurse)
-        if hasattr(self, 'proxy'):
-            state = self.proxy_opt.state_dict()
-            self.proxy_opt = torch.optim.Adam(self.proxy.parameters(), self.lr)
-            self.proxy_opt.load_state_dict(state)
-        return self
-
-    def get_extra_state(self): return self.proxy_opt.state_dict()
-
-    def set_extra_state(self, state): self.proxy_opt.load_state_dict(state)
 
     def step(self, x, z):
         "The proxy's Adam steps on a batch of images [B, C, H, W] and detached features [B, c, h, w]."

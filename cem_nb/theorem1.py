@@ -6,7 +6,7 @@
 __all__ = ['theorem1_bound', 'round_entropy', 'gaussian_entropy', 'NoisyLinear', 'lower_factor', 'GaussianPosterior',
            'LinearGaussian', 'ProofChain', 'z_shares', 'proof_chain']
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #00f95019
+# %% ../nbs/2_theory/01_theorem1.ipynb #c083bf24
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from .core import cholesky, finite_array, number, whole
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #064693b7
+# %% ../nbs/2_theory/01_theorem1.ipynb #4a0fde8b
 def theorem1_bound(
     h: ArrayLike,  # H(x|z) of the whole of x, in nats: a number or an array; -inf is legal
     d: int,        # dimension of x (not of z), >= 1
@@ -30,7 +30,7 @@ def theorem1_bound(
     if (2*h/d > 700).any(): raise ValueError(f'h reaches {h.max()} for d = {d}; give nats, below 350 per dimension')
     return np.exp(2*h/d - math.log(2*math.pi*math.e))[()]
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #8c4fbf47
+# %% ../nbs/2_theory/01_theorem1.ipynb #ccfb7d6f
 def round_entropy(
     v: ArrayLike,  # variance of each dimension, > 0: a number or an array
     d: int,        # dimensions
@@ -38,7 +38,7 @@ def round_entropy(
     "Entropy of the Gaussian N(0, v I) in d dimensions."
     return d/2*np.log(2*math.pi*math.e*np.asarray(v))
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #a2dde1d1
+# %% ../nbs/2_theory/01_theorem1.ipynb #3b98560e
 def gaussian_entropy(
     cov: ArrayLike,  # covariance, [..., d, d], positive definite
 ) -> np.ndarray | float:  # nats, [...]
@@ -50,7 +50,7 @@ def gaussian_entropy(
         raise ValueError('cov is singular or no covariance: it has no finite entropy; drop directions without variance')
     return (cov.shape[-1]*math.log(2*math.pi*math.e) + log_det)/2
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #7c8c69e0
+# %% ../nbs/2_theory/01_theorem1.ipynb #7f44f3c9
 class NoisyLinear:
     "A noisy linear encoder, z = W x + N(0, noise_std^2 I). Raises ValueError for noise that is not above 0."
     def __init__(
@@ -70,7 +70,7 @@ class NoisyLinear:
         "H(z | z_hat) in nats: the entropy of the noise, of d_z dimensions."
         return float(round_entropy(self.noise_std**2, self.d_z))
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #873a8222
+# %% ../nbs/2_theory/01_theorem1.ipynb #0139a295
 def lower_factor(
     cov: np.ndarray,  # covariances, [..., d, d]
     name: str,        # as it is called in messages
@@ -81,7 +81,7 @@ def lower_factor(
     if not symmetric: raise ValueError(f'{name} (shape {cov.shape}) is no square symmetric matrix; give a covariance')
     return cholesky(torch.tensor(np.ascontiguousarray(cov)), name).numpy()
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #e6c50eac
+# %% ../nbs/2_theory/01_theorem1.ipynb #0cfa5692
 class GaussianPosterior(NoisyLinear):
     "What a noisy linear encoder tells of a Gaussian source: the posterior of x given z."
     def __init__(self, W, prior_cov, noise_std):
@@ -105,7 +105,7 @@ class GaussianPosterior(NoisyLinear):
         r = min(self.d, self.d_z)
         return self.LV[:, :r]*(self.s/(self.s**2 + self.noise_std**2))[:r] @ self.U[:, :r].T
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #2d41b9ae
+# %% ../nbs/2_theory/01_theorem1.ipynb #bbbc00e5
 class LinearGaussian(GaussianPosterior):
     """A Gaussian source x ~ N(0, prior_cov) seen through a noisy linear encoder, z = W x + N(0, noise_std^2 I).
 
@@ -137,7 +137,7 @@ class LinearGaussian(GaussianPosterior):
         x = rng.standard_normal((n, self.d)) @ self.L.T
         return x, self.send(x, rng)
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #6d040bc7
+# %% ../nbs/2_theory/01_theorem1.ipynb #4def1535
 @dataclass(frozen=True)
 class ProofChain:
     "The proof of Theorem 1 (supplement 7) with numbers in it: h <= eq9 <= eq11 <= eq12, in nats."
@@ -166,7 +166,7 @@ class ProofChain:
         "What each step gives away, as a factor of the MSE: xi is the bound times the three of them."
         return {k: math.exp(2*v/self.d) for k, v in self.gaps.items()}
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #33325934
+# %% ../nbs/2_theory/01_theorem1.ipynb #ee5bad87
 def z_shares(
     weights: ArrayLike | None,  # of S values of z, [S], >= 0; None: all the same
     S: int,
@@ -178,7 +178,7 @@ def z_shares(
         raise ValueError(f'weights has shape {w.shape}; give {S} numbers >= 0, not all of them 0')
     return w/w.sum()
 
-# %% ../nbs/2_theory/01_theorem1.ipynb #e0c014b9
+# %% ../nbs/2_theory/01_theorem1.ipynb #f5d22c3d
 def proof_chain(
     h: ArrayLike,     # H(x|z) in nats, or one number per z, [S], whose mean over z it is
     covs: ArrayLike,  # Cov(x|z) at S values of z, [S, d, d], each positive definite

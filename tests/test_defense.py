@@ -1,61 +1,73 @@
-import numpy as np
+import subprocess
+import sys
+
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from scipy.spatial.distance import cdist
 
-from cem_nb.defense import distance_correlation
-from cem_nb.methods import make_defense
-
-
-def dcor_dense(x, z):
-    "Székely et al. 2007, with loops over the definition."
-    def centred(v):
-        d = cdist(v, v)
-        return np.array([[d[i, j] - d[i].mean() - d[:, j].mean() + d.mean() for j in range(len(d))] for i in range(len(d))])
-    a, b = centred(x), centred(z)
-    return np.sqrt((a*b).mean()/np.sqrt((a*a).mean()*(b*b).mean()))
+from cem_nb.defense import Bottleneck, Defense, Dropout, NoDefense, defense
+from cem_nb.methods import CANDIDATES, DEFENSES, PAPER_ROWS, make_defense
+from cem_nb.ressfl import ResSFL
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
-@given(n=st.integers(2, 20), p=st.integers(1, 6), q=st.integers(1, 6), seed=st.integers(0, 10**6))
-def test_distance_correlation_against_its_definition(n, p, q, seed):
-    rng = np.random.default_rng(seed)
-    x, z = rng.normal(size=(n, p)), rng.normal(size=(n, q))
-    z[:, 0] += x[:, 0]**2
-    got = distance_correlation(torch.tensor(x), torch.tensor(z)).item()
-    assert got == pytest.approx(dcor_dense(x, z), abs=1e-6)
+@pytest.fixture
+def own():
+    "A name that is free, and free again afterwards."
+    yield 'Own'
+    DEFENSES.pop('Own', None)
 
 
-def test_distance_correlation_of_tight_clusters_in_float32():
-    "Features of a trained encoder lie close together, far from zero."
-    rng = np.random.default_rng(0)
-    x, z = rng.random((64, 20)), 0.5 + 1e-3*rng.normal(size=(64, 512))
-    got = distance_correlation(torch.tensor(x).float(), torch.tensor(z).float()).item()
-    assert got == pytest.approx(dcor_dense(x.astype('f4').astype('f8'), z.astype('f4').astype('f8')), abs=1e-4)
+def test_rows_and_their_settings():
+    assert tuple(DEFENSES) == PAPER_ROWS and len(DEFENSES) == 8
+    assert make_defense('Dropout', {'p': 0.4}).model('vgg11', 10, width=0.125, noise_std=0.025).drop == 0.4
+    no = make_defense('No_defense').model('vgg11', 10, width=0.125, noise_std=0.025)
+    assert no.encode(torch.rand(1, 3, 32, 32)).shape[1] == 16  # no bottleneck of 8
+    for name in ('Noise_Nopeek', 'Noise_ARL'):
+        factor = DEFENSES[name].settings['noise_factor']
+        model = make_defense(name).model('vgg11', 10, noise_std=0.1, width=0.125)
+        assert factor > 1 and model.noise_std == pytest.approx(0.1*factor)
+    for name, params in (('Nodefense', {}), ('Bottleneck', {'alpha': 1.0}), ('DistCorr', {'alpha': -1.0}),
+                         ('ResSFL', {'t': -0.1}),
+                         ('Noise_ARL', {'noise_factor': 0.0}), ('PATROL', {'alpha': float('nan')}),
+                         ('PATROL', {'lipschitz': float('inf')}), ('Dropout', {'p': 1.0})):
+        with pytest.raises(ValueError): make_defense(name, params)
 
 
-def test_distance_correlation_properties():
-    x = torch.randn(30, 4, dtype=torch.float64)
-    q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    assert distance_correlation(x, 5*x@q + 2).item() == pytest.approx(1)
-    assert distance_correlation(x, torch.ones(30, 2)) == 0
-    z = torch.rand(30, 8, 2, 2)
-    assert distance_correlation(x.float(), z) == pytest.approx(distance_correlation(z, x.float()).item(), abs=1e-5)
-    with pytest.raises(ValueError): distance_correlation(x, x[:5])
+def test_one_row_alone_has_no_twin_with_cem():
+    assert [name for name, m in DEFENSES.items() if not m.cls.cem] == ['No_defense']
 
 
-def test_distance_correlation_gradient():
-    x = torch.randn(8, 3, dtype=torch.float64)
-    z = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: distance_correlation(x, z), z)
-    twins = torch.randn(4, 3)[[0, 0, 1, 2]].requires_grad_()  # a distance of exactly zero off the diagonal
-    distance_correlation(torch.randn(4, 5), twins).backward()
-    assert twins.grad.isfinite().all() and twins.grad.abs().sum() > 0
+def test_the_order_of_the_rows_does_not_depend_on_the_order_of_the_imports():
+    code = """
+from cem_nb.defense import Defense, defense
+defense('Mine')(Defense)
+import cem_nb.patrol, cem_nb.ressfl, cem_nb.distcorr
+from cem_nb.methods import DEFENSES, PAPER_ROWS
+defense('Later')(Defense)
+assert tuple(DEFENSES) == (*PAPER_ROWS, 'Mine', 'Later'), list(DEFENSES)"""
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
-def test_distcorr_adds_its_weight_times_the_correlation():
-    x, z = torch.rand(16, 3, 8, 8), torch.rand(16, 8, 2, 2)
-    args = x, torch.zeros(16), z, z, torch.zeros(16, 10)
-    assert make_defense('DistCorr', {'alpha': 2.0}).loss(*args) == pytest.approx(2*distance_correlation(x, z).item())
-    assert make_defense('Bottleneck').loss(*args) == 0
+def test_every_setting_of_a_row_is_known_and_was_tried():
+    assert all(make_defense(c['defense'], c['params']) for c in CANDIDATES)
+    tried = {c['defense'] for c in CANDIDATES if DEFENSES[c['defense']].settings.items() >= c['params'].items()}
+    assert tried == set(DEFENSES)
+    assert DEFENSES['ResSFL'].settings == dict(alpha=0.3, t=0.3, noise_factor=1.0)  # with the constructor's default
+
+
+def test_registering(own):
+    with pytest.raises(ValueError, match='already'): defense('Dropout', alpha=0.1, t=0.1)(ResSFL)
+    for wrong in (dict(alpha=0.1), dict(alpha=0.1, t=0.1, beta=1.0)):
+        with pytest.raises(TypeError): defense(own, **wrong)(ResSFL)
+    assert own not in DEFENSES
+    assert defense(own, alpha=0.1, t=0.2)(ResSFL) is ResSFL and make_defense(own, dict(t=0.4)).t == 0.4
+    defense(own, alpha=0.5, t=0.2)(ResSFL)  # a cell that is changed and run again
+    assert make_defense(own).alpha == 0.5 and list(DEFENSES)[-1] == own
+
+
+def test_the_interface_does_nothing():
+    x, y, z, logits = torch.rand(4, 1, 16, 16), torch.arange(4), torch.rand(4, 8, 4, 4), torch.rand(4, 10)
+    for cls in (Defense, Bottleneck, NoDefense, lambda: Dropout(0.1)):
+        d = cls()
+        assert d.loss(x, y, z, z, logits) == 0 and not d.state_dict()
+        assert d.step(x, z) is d.after_backward(None) is d.end_epoch(None, None, 1.0) is None
+    with pytest.raises(TypeError): Defense().model('vgg11', 10)  # the noise is the table's, no default

@@ -1,15 +1,17 @@
+"The GAN attack; what all attacks share is in test_attack_contract.py."
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from pydantic import ValidationError
 from torch import nn
 
-import cem_nb.gan as gan
-from cem_nb.attack import AttackDivergedError, cosine, score_attack, train_decoder
+from cem_nb.attack import AttackDivergedError, train_attack
+from cem_nb.core import stage_seed
 from cem_nb.data import Split, batches, load_data
-from cem_nb.gan import Critic, gradient_penalty, train_gan
-from cem_nb.loop import epochs, stage_seed
+from cem_nb.decoder import DecoderAttack, cosine
+from cem_nb.gan import GAN, Critic, critic_step, generator_step, gradient_penalty
 from cem_nb.models import Decoder, feature_shape, n_params, split_model
 
 TINY = dict(width=8, blocks=0, critic_width=4, n_epochs=3, batch_size=64)
@@ -23,6 +25,10 @@ def digits(): return load_data('digits', n_train=256)
 def victim(noise_std=0.025):
     torch.manual_seed(0)
     return split_model(in_channels=1, image_size=16, width=0.25, noise_std=noise_std)
+
+
+def fit(model, train, checkpoint=None, label=None, **settings):
+    return train_attack(GAN(**settings), model, train, checkpoint=checkpoint, label=label)
 
 
 def same(a, b): return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
@@ -128,60 +134,51 @@ def test_shapes_must_agree():
         gradient_penalty(Linear(torch.ones(1, 8, 8)), torch.rand(2, 1, 8, 8), torch.rand(1, 1, 8, 8))
 
 
-@pytest.mark.parametrize('bad', [dict(critic_steps=0), dict(mse_weight=-1.0), dict(mse_weight=math.nan),
-                                 dict(mse_weight=math.inf), dict(penalty=-0.1)])
-def test_bad_settings(bad, digits):
-    with pytest.raises(ValueError, match=next(iter(bad))): train_gan(victim(), digits.train, **(TINY | bad))
+@pytest.mark.parametrize('bad', [dict(critic_steps=0), dict(critic_width=0), dict(mse_weight=-1.0), dict(mse_weight=math.nan),
+                                 dict(mse_weight=math.inf), dict(penalty=-0.1), dict(batch_size=1)])
+def test_bad_settings(bad):
+    with pytest.raises(ValidationError, match=next(iter(bad))): GAN(**(TINY | bad))
+
+
+def test_the_defaults_are_the_papers_and_where_it_is_silent_ours():
+    assert GAN().record() == DecoderAttack().record() | dict(name='gan', n_epochs=150, critic_width=64, critic_steps=1,
+                                                             mse_weight=1500.0, penalty=10.0)
+
+
+@pytest.mark.parametrize('shape', [(1, 4, 4), (1, 16, 8)])
+def test_images_that_no_critic_can_see_are_refused_before_any_training(shape):
+    split = Split(torch.zeros(8, *shape, dtype=torch.uint8), torch.zeros(8).long())
+    with pytest.raises(ValueError, match='pixels'): GAN(**TINY).attacker(victim(), split)
 
 
 def test_the_generator_is_the_decoder_attacks_network(digits):
     model = victim()
-    generator, history = train_gan(model, digits.train, **(TINY | dict(n_epochs=1)))
-    decoder, _ = train_decoder(model, digits.train, width=8, blocks=0, n_epochs=1, batch_size=64)
+    generator, history = fit(model, digits.train, **(TINY | dict(n_epochs=1)))
+    decoder, _ = train_attack(DecoderAttack(width=8, blocks=0, n_epochs=1, batch_size=64), model, digits.train)
     assert type(generator) is Decoder and not generator.training and n_params(generator) == n_params(decoder)
     assert [p.shape for p in generator.parameters()] == [p.shape for p in decoder.parameters()]
     assert set(history[0]) == {'mse', 'wasserstein', 'penalty'}
-    assert set(score_attack(model, generator, digits.val)) == {'mse', 'ssim', 'psnr'}
 
 
-def test_the_victim_stays_as_it_is(digits):
-    model = victim().train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    train_gan(model, digits.train, **(TINY | dict(n_epochs=1)))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-
-
-class Killed(BaseException): pass
-
-
-def test_resumed_attack_is_the_uninterrupted_one(digits, tmp_path, monkeypatch):
-    fit = lambda **k: train_gan(victim(), digits.train, **TINY, **k)
-    whole, curves = fit()
-    def dying(*args, **kwargs):
-        for i, e in enumerate(epochs(*args, **kwargs)):
-            if i == 2: raise Killed
-            yield e
-    with monkeypatch.context() as m:
-        m.setattr(gan, 'epochs', dying)
-        with pytest.raises(Killed): fit(checkpoint=tmp_path/'g.pt')
-    torch.rand(7)  # the caller's random numbers must not matter
-    seen = []
-    monkeypatch.setattr(gan, 'epochs', lambda *a, **k: (seen.append(e) or e for e in epochs(*a, **k)))
-    resumed, curves2 = fit(checkpoint=tmp_path/'g.pt')
-    assert seen == [2] and same(whole, resumed) and curves == curves2
-    assert not same(whole, fit(seed=1)[0])
-
-
-def test_the_callers_random_numbers_are_left_alone(digits):
-    model = victim()
-    before = torch.get_rng_state()
-    train_gan(model, digits.train, **(TINY | dict(n_epochs=1)))
-    assert torch.equal(torch.get_rng_state(), before)
+def test_each_network_steps_down_its_own_loss_and_leaves_the_other_alone():
+    torch.manual_seed(0)
+    generator, critic = nn.Conv2d(2, 1, 1), Critic((1, 8, 8), 4)
+    x, z = torch.rand(16, 1, 8, 8), torch.rand(16, 2, 8, 8)
+    opt, critic_opt = (torch.optim.SGD(net.parameters(), 1e-4) for net in (generator, critic))
+    state = lambda net: torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+    before = state(generator), state(critic)
+    w, p = critic_step(critic, critic_opt, x, generator(z).detach(), 10.0)
+    assert torch.equal(state(generator), before[0]) and not torch.equal(state(critic), before[1])
+    assert w.item() != 0 and p.item() > 0 and not (w.requires_grad or p.requires_grad)
+    after = state(critic)
+    loss = lambda: (100*(generator(z) - x).square().mean() - critic(generator(z)).mean()).item()
+    high = loss()
+    mse = generator_step(generator, critic, opt, x, generator(z), 100.0)
+    assert loss() < high and torch.equal(state(critic), after) and mse.item() > 0
 
 
 def test_steps_and_schedule_of_both_networks(digits, tmp_path):
-    train_gan(victim(), digits.train, **TINY, critic_steps=2, lr=0.004, checkpoint=tmp_path/'g.pt')
+    fit(victim(), digits.train, **TINY, critic_steps=2, lr=0.004, checkpoint=tmp_path/'g.pt')
     state = torch.load(tmp_path/'g.pt', weights_only=True)['state']
     n = 3*(256//64)
     for name, steps, decay in (('opt', n, 1e-4), ('critic_opt', 2*n, 0)):
@@ -198,7 +195,7 @@ def test_fresh_noise_in_every_batch(digits):
         sent.append((z - z_hat).std().item())
         return z
     model.send = spying
-    train_gan(model, digits.train, **(TINY | dict(n_epochs=2)))
+    fit(model, digits.train, **(TINY | dict(n_epochs=2)))
     assert len(set(sent)) == len(sent) == 2*(256//64)
     assert all(s == pytest.approx(0.025, rel=0.1) for s in sent)
 
@@ -207,7 +204,7 @@ def test_fresh_noise_in_every_batch(digits):
 def test_divergence_has_a_name_and_leaves_no_checkpoint(bad, digits, tmp_path):
     "With the second, all the losses of the only step are numbers, but the weights after it are not."
     with pytest.raises(AttackDivergedError, match='lower lr or raise mse_weight') as e:
-        train_gan(victim(), digits.train, **(TINY | bad), checkpoint=tmp_path/'g.pt', label='Bottleneck: gan')
+        fit(victim(), digits.train, **(TINY | bad), checkpoint=tmp_path/'g.pt', label='Bottleneck: gan')
     assert isinstance(e.value, RuntimeError) and '\n' not in str(e.value) and str(e.value).startswith('Bottleneck: gan')
     assert not (tmp_path/'g.pt').exists()
 
@@ -216,7 +213,7 @@ def test_the_weight_trades_squared_error_for_looks(digits):
     """Under a huge weight the generator is that of a plain loop on the squared error, with the same start, batches and
     optimiser. Under a light one its error is higher, and the critic tells its images from real ones less well."""
     model, train, settings = victim(noise_std=0.0).eval(), digits.train, TINY | dict(n_epochs=6, batch_size=32)
-    huge, light = (train_gan(model, train, **settings, mse_weight=w)[1] for w in (1e7, 20.0))
+    huge, light = (fit(model, train, **settings, mse_weight=w)[1] for w in (1e7, 20.0))
     torch.manual_seed(stage_seed(0, 'gan', 'init'))
     net = Decoder(feature_shape(model, (1, 16, 16)), (1, 16, 16), 8, 0).to(memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), 0.005, (0.5, 0.9))
