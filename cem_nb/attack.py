@@ -40,7 +40,7 @@ def ssim_zero(
 ) -> Tensor:  # one number an image, [B], at most 1; NaN where an image holds NaN
     """SSIM with zeros beyond the border, as the pytorch-ssim code computes it and the paper's tables have it.
 
-    Source: Wang et al. 2004; Su 2017 (pytorch-ssim). In float64, under autocast too. `ValueError` if the shapes differ."""
+    Source: Wang et al. 2004; Su 2017. In float64, under autocast too. `ValueError` for shapes that differ."""
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f'shapes {list(x.shape)} and {list(y.shape)}; give two of [B, C, H, W]')
     x, y = x.double(), y.double()

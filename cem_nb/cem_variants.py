@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .cem import CEM, CEMS, batch_moments, eq5, eq6, share_of_batch
 from .core import cholesky, register
-from .mixture import assign, kmeans, logdet_update, mutual_information_bound
+from .bounds import mutual_information_bound
+from .kmeans import assign, kmeans
+from .logdet import logdet_update
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #9a265958
 def hard_clusters(

@@ -6,7 +6,7 @@
 __all__ = ['DataSettings', 'ModelSettings', 'CEMSettings', 'AnyAttack', 'PRESETS', 'TrainSettings', 'Experiment', 'replaced',
            'flat_settings', 'preset']
 
-# %% ../nbs/5_run/01_experiment.ipynb #bd80352f
+# %% ../nbs/5_run/01_experiment.ipynb #b7ad39d6
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -23,12 +23,12 @@ from .methods import DEFENSES
 from .models import split_model
 from .oracle import Oracle  # registers itself, as the other attacks do
 
-# %% ../nbs/5_run/01_experiment.ipynb #74963c43
+# %% ../nbs/5_run/01_experiment.ipynb #b03fe1bb
 DataSettings = record_of(load_data, leave_out=())
 ModelSettings = record_of(split_model, leave_out=('n_classes', 'in_channels', 'image_size', 'bottleneck', 'extra', 'drop'))
 CEMSettings = record_of(CEM, leave_out=('noise_std', 'n_classes', 'n_epochs', 'seed'), variant=(CEMS.Name, 'diag'))
 
-# %% ../nbs/5_run/01_experiment.ipynb #731acddd
+# %% ../nbs/5_run/01_experiment.ipynb #a941da48
 class TrainSettings(Record):
     "The optimiser, stochastic gradient descent. The defaults are the paper's for CIFAR-10 (Section 5.1)."
     epochs: Count = 240
@@ -39,7 +39,7 @@ class TrainSettings(Record):
     drops: tuple[Share, ...] = (0.25, 0.5, 0.75, 0.875)  # shares of the epochs after which the rate falls
     gamma: Positive = 0.2                                # ... to this share of itself
 
-# %% ../nbs/5_run/01_experiment.ipynb #402d8960
+# %% ../nbs/5_run/01_experiment.ipynb #cb6c48df
 AnyAttack = Annotated[Attack, BeforeValidator(lambda a: attack_from(a) if isinstance(a, dict) else a),
                       PlainSerializer(lambda a: a.record())]
 
@@ -77,7 +77,7 @@ class Experiment(Record):
         "All settings in one level, as `replace` takes them; an attack's have its name in front, as `decoder__width`."
         return flat_settings(self)
 
-# %% ../nbs/5_run/01_experiment.ipynb #2b021655
+# %% ../nbs/5_run/01_experiment.ipynb #73022ae1
 def _updated(record: Record, changes: dict) -> Record: return type(record)(**(dict(record) | changes))
 
 
@@ -91,7 +91,7 @@ def _place_of(experiment: Experiment, name: str) -> str:
     known = ', '.join(k for k in flat_settings(experiment) if '__' not in k)
     raise ValueError(f'there is no setting {name!r}; choose one of {known}, or ATTACK__SETTING')
 
-# %% ../nbs/5_run/01_experiment.ipynb #acf0054b
+# %% ../nbs/5_run/01_experiment.ipynb #23e56d92
 def _replaced_cem(cem: CEMSettings | None, settings: dict[str, Any]) -> CEMSettings | None:
     "`cem` is False or None, True (as it is, or the defaults) or settings; lam = 0 is no CEM."
     asked = settings.pop('cem', cem is not None or bool(settings))
@@ -103,7 +103,7 @@ def _replaced_attacks(attacks: tuple[Attack, ...], settings: dict[str, Any]) -> 
     own = lambda a: {k.split('__', 1)[1]: v for k, v in settings.items() if k.split('__', 1)[0] == a.name}
     return tuple(_updated(a, own(a)) for a in attacks)
 
-# %% ../nbs/5_run/01_experiment.ipynb #359b3349
+# %% ../nbs/5_run/01_experiment.ipynb #e05c4fb8
 def replaced(
     experiment: Experiment,
     **settings,  # by name; `cem` is True or False; `lam=0` is without CEM; an attack's as `decoder__width`
@@ -119,7 +119,7 @@ def replaced(
     for part in ('data', 'model', 'training'): changes[part] = _updated(getattr(experiment, part), parts[part])
     return _updated(experiment, changes)
 
-# %% ../nbs/5_run/01_experiment.ipynb #e1de1c8e
+# %% ../nbs/5_run/01_experiment.ipynb #b6fdfa66
 def flat_settings(experiment: Experiment) -> dict[str, Any]:
     "Every setting of an experiment in one level: `lam` is 0 without CEM, and an attack's have its name in front."
     e = experiment
@@ -128,10 +128,10 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
     return dict(defense=e.defense, cem=e.cem is not None, seed=e.seed, preset=e.preset, **dict(e.data), **dict(e.model), **cem, params=e.params,
                 **dict(e.training), **own)
 
-# %% ../nbs/5_run/01_experiment.ipynb #5ea5cfb2
+# %% ../nbs/5_run/01_experiment.ipynb #6c47316c
 PRESETS = Registry('preset')
 PRESETS['quick'] = dict(
-    width=0.25, epochs=12, batch_size=64, lr=0.02,
+    width=0.25, epochs=24, batch_size=64, lr=0.02,
     decoder__width=32, decoder__blocks=2, decoder__n_epochs=8, decoder__batch_size=64,
     gan__width=32, gan__blocks=2, gan__n_epochs=8, gan__batch_size=64, gan__critic_width=8)
 PRESETS['small'] = dict(
@@ -140,7 +140,7 @@ PRESETS['small'] = dict(
     gan__width=32, gan__blocks=2, gan__n_epochs=5, gan__batch_size=128, gan__critic_width=8)
 PRESETS['paper'] = dict(val_frac=0.0)
 
-# %% ../nbs/5_run/01_experiment.ipynb #e875fb6a
+# %% ../nbs/5_run/01_experiment.ipynb #d475942d
 _PAPER_EPOCHS = {'resnet20': 120, 'resnet20_wide': 120}           # Section 5.1; 240 for VGG11
 _PAPER_BATCH = {'tinyimagenet': 256, 'facescrub': 256}            # the authors' release; 128 for the others
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attack import Attack, evaluating, register_attack, scored, some_images
 from .data import Split, batches, to_float
-from .models import SplitModel, feature_shape
+from .models import SplitModel
 from .posterior import oracle_attack
 
 # %% ../nbs/4_attack/04_oracle.ipynb #1e2a795c
@@ -33,8 +33,7 @@ class PosteriorMean(nn.Module):
         self.noise_std, self.drop = noise_std, drop
 
     def forward(self, z: Tensor) -> Tensor:
-        dropout = dict(arrived=z != 0) if self.drop else {}
-        return oracle_attack(z, self.z_hat, self.x, self.noise_std, **dropout)
+        return oracle_attack(z, self.z_hat, self.x, self.noise_std, arrived=z != 0 if self.drop else None)
 
 # %% ../nbs/4_attack/04_oracle.ipynb #0a15ffcc
 @torch.no_grad()

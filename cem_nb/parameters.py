@@ -6,7 +6,7 @@
 __all__ = ['Seeds', 'Lams', 'Methods', 'Attacks', 'ParameterError', 'as_items', 'as_numbers', 'TableParameters', 'table_base',
            'table_rows', 'read_parameters', 'changed']
 
-# %% ../nbs/5_run/05_parameters.ipynb #016a5aad
+# %% ../nbs/5_run/05_parameters.ipynb #9819c3bb
 import ast, difflib
 from typing import Annotated, Any
 
@@ -19,11 +19,11 @@ from .experiment import PRESETS, CEMSettings, Experiment, ModelSettings, preset
 from .methods import DEFENSES
 from .models import NETWORKS
 
-# %% ../nbs/5_run/05_parameters.ipynb #e1401a55
+# %% ../nbs/5_run/05_parameters.ipynb #9b79dedd
 class ParameterError(ValueError):
     "A notebook parameter that does not exist or cannot be used; the message says which and what to do."
 
-# %% ../nbs/5_run/05_parameters.ipynb #290bbc1b
+# %% ../nbs/5_run/05_parameters.ipynb #dfd4d37b
 def as_items(v: Any) -> tuple:
     "The items of what papermill passes, each once: of 'a,b', '[0, 1]', 3 or a list."
     if isinstance(v, str): v = [s.strip(" '\"") for s in v.strip('[]() ').split(',') if s.strip()]
@@ -39,7 +39,7 @@ def _number(s: str) -> Any:
         except ValueError: pass
     return s
 
-# %% ../nbs/5_run/05_parameters.ipynb #3e3489da
+# %% ../nbs/5_run/05_parameters.ipynb #aeaf3f8d
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(as_numbers), Field(min_length=1)]
 Lams = Annotated[tuple[NonNegative, ...], BeforeValidator(lambda v: tuple(float(x) if isinstance(x, int) else x for x in as_numbers(v))),
                  Field(min_length=1)]
@@ -47,7 +47,7 @@ Methods = Annotated[tuple[DEFENSES.Name, ...], BeforeValidator(lambda v: tuple(D
                     Field(min_length=1)]
 Attacks = Annotated[tuple[ATTACKS.Name, ...], BeforeValidator(as_items), Field(min_length=1)]
 
-# %% ../nbs/5_run/05_parameters.ipynb #f7766df4
+# %% ../nbs/5_run/05_parameters.ipynb #9eaec499
 class TableParameters(Record):
     "What a reader can ask of a table's notebook."
     lam: NonNegative = CEMSettings().lam
@@ -62,13 +62,14 @@ class TableParameters(Record):
     arch: NETWORKS.Name = ModelSettings().arch
     image_size: int | None = None  # None: the data set's own
     device: str = 'auto'
+    workers: Count = 1
 
     def model_post_init(self, _):
         if self.lam and not self.noise_std: raise ValueError('CEM needs noise; give a noise_std > 0, or lam 0')
         if not any(DEFENSES[m].cls.cem for m in self.methods):
             raise ValueError(f'{", ".join(self.methods)} has no row with CEM; add another method')
 
-# %% ../nbs/5_run/05_parameters.ipynb #b497370b
+# %% ../nbs/5_run/05_parameters.ipynb #581adb5f
 def table_base(p: TableParameters) -> Experiment:
     "The experiment that all rows of a table start from."
     return preset(p.preset, tuple(ATTACKS[a](restarts=p.restarts if ATTACKS[a].trained else 1) for a in p.attacks), dataset=p.dataset, image_size=p.image_size,
@@ -81,14 +82,14 @@ def table_rows(p: TableParameters) -> list[dict[str, Any]]:
     return [dict(defense=m, **c) for m in p.methods
             for c in ([dict(cem=False)] + [with_cem]*(with_cem is not None and DEFENSES[m].cls.cem))]
 
-# %% ../nbs/5_run/05_parameters.ipynb #9047d980
+# %% ../nbs/5_run/05_parameters.ipynb #55f6f2c8
 def _injected(history: list[str]) -> list[str]:
     "Names that papermill's injected cell sets."
     cells = [c for c in history if c.lstrip().startswith('# Parameters\n')]
     return [t.id for c in cells for node in ast.walk(ast.parse(c)) if isinstance(node, ast.Assign)
             for t in node.targets if isinstance(t, ast.Name)]
 
-# %% ../nbs/5_run/05_parameters.ipynb #3e1af2eb
+# %% ../nbs/5_run/05_parameters.ipynb #2e25bd77
 def read_parameters(
     namespace: dict,                         # `globals()` of the notebook
     model: type[Record] = TableParameters,   # what the notebook can be asked
@@ -106,7 +107,7 @@ def read_parameters(
         what = str(first['loc'][0]) if first['loc'] else 'the combination of parameters'
         raise ParameterError(f'{what} is {first["input"]!r}: {first["msg"]}; change it and start again') from None
 
-# %% ../nbs/5_run/05_parameters.ipynb #51213099
+# %% ../nbs/5_run/05_parameters.ipynb #84df88ee
 def changed(
     p: Record,                             # parameters
     but: tuple[str, ...] = (),             # names that do not count

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_label', 'stem', 'save', 'read_result', 'provenance_line', 'committed', 'table_result']
 
-# %% ../nbs/5_run/06_results.ipynb #6e0f1f1a
+# %% ../nbs/5_run/06_results.ipynb #2a0c5118
 import os
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .parameters import TableParameters, changed, table_base, table_rows
 from .store import RunError
 from .sweep import sweep
 
-# %% ../nbs/5_run/06_results.ipynb #7a23e997
+# %% ../nbs/5_run/06_results.ipynb #acddba94
 def data_label(dataset: str) -> str:
     "The data set as it stands in a file's name."
     return f'folder-{Path(dataset.removeprefix("folder:")).name}' if dataset.startswith('folder:') else dataset
@@ -29,10 +29,10 @@ def stem(
 ) -> str:
     "The name of a result's files, without their ending."
     words = lambda v: '-'.join(f'{w:g}' if isinstance(w, float) else str(w) for w in (v if isinstance(v, tuple) else (v,)))
-    others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device')).items()]
+    others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device', 'workers')).items()]
     return '_'.join([name, data_label(p.dataset), p.preset, *others])
 
-# %% ../nbs/5_run/06_results.ipynb #131cbe3a
+# %% ../nbs/5_run/06_results.ipynb #69cf7da4
 def save(
     name: str,                # of the notebook, such as table1
     p: Record,                # its parameters
@@ -46,7 +46,7 @@ def save(
     for path, write in writers.items(): _write_whole(path, write)
     return list(writers)
 
-# %% ../nbs/5_run/06_results.ipynb #ef77891c
+# %% ../nbs/5_run/06_results.ipynb #6d833acd
 def _write_whole(path: Path, write):
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
@@ -58,7 +58,7 @@ def _write_whole(path: Path, write):
         raise RunError(f'{path} cannot be written ({e}); free some space or set CEM_RESULTS to another folder; the runs '
                        'themselves are kept') from None
 
-# %% ../nbs/5_run/06_results.ipynb #be558683
+# %% ../nbs/5_run/06_results.ipynb #43729717
 def read_result(path: Path) -> pd.DataFrame:
     "A CSV of `save`."
     return pd.read_csv(path, keep_default_na=True)
@@ -83,7 +83,7 @@ def committed(
     print(f'figures/{path.name}: {provenance_line(frame)}')
     return frame
 
-# %% ../nbs/5_run/06_results.ipynb #c6f3093b
+# %% ../nbs/5_run/06_results.ipynb #84980597
 def table_result(
     name: str,                # of the notebook, such as table2
     p: TableParameters,
@@ -91,4 +91,4 @@ def table_result(
 ) -> pd.DataFrame | None:
     "The rows of a table: computed for a data set, or, for `dataset='committed'`, read; None if there is nothing to read."
     if p.dataset == 'committed': return committed(committed_as or name)
-    return sweep(table_base(p), table_rows(p), device=p.device, seed=p.seeds)
+    return sweep(table_base(p), table_rows(p), device=p.device, workers=p.workers, seed=p.seeds)

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['experiments', 'measured', 'sweep']
 
-# %% ../nbs/5_run/04_sweep.ipynb #7c47673b
-import json, math, re, time
-from collections.abc import Callable, Iterable
+# %% ../nbs/5_run/04_sweep.ipynb #a66e26a3
+import json, math, multiprocessing, os, re, threading, time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from typing import Any
 
 import pandas as pd
+import torch
 
+from .core import whole
 from .experiment import Experiment
 from .store import SCHEMA, Run, data_on, pick_device, run
 from .training import DivergedError
 
-# %% ../nbs/5_run/04_sweep.ipynb #285cc17d
+# %% ../nbs/5_run/04_sweep.ipynb #134c755a
 def experiments(
     base: Experiment,
     rows: Iterable[dict[str, Any]] = ({},),  # settings that vary together, one dict a row
@@ -29,7 +32,7 @@ def experiments(
     varied = [point | row for point in points for row in rows]
     return [(v, base.replace(**v)) for v in varied]
 
-# %% ../nbs/5_run/04_sweep.ipynb #4f7e7e6a
+# %% ../nbs/5_run/04_sweep.ipynb #7dcabb2b
 def _plain(value: Any) -> Any:
     "A setting as a cell of a table holds it."
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
@@ -47,20 +50,51 @@ def measured(run: Run) -> dict[str, Any]:
         row[f'seconds_{attack.name}'] = round(a['seconds'], 1)
     return row | dict(run=run.path.name, **{k: r[k] for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')})
 
-# %% ../nbs/5_run/04_sweep.ipynb #07c88004
-def _line(varied: dict, e: Experiment, row: dict, part: str, took: str) -> str:
-    "One line of progress for a finished run."
+# %% ../nbs/5_run/04_sweep.ipynb #cdab2a9c
+def _line(varied: dict, e: Experiment, row: dict, part: str, found: Run | DivergedError, seconds: float) -> str:
+    "One line of progress for a run."
+    if isinstance(found, DivergedError): return f'{e.row:<18} diverged: {found}'
     others = '  '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in varied.items()
                        if k not in ('defense', 'cem', 'lam', 'variant'))
     mse = '  '.join(f'{a.label} MSE {row[f"mse_{part}_{a.name}"]:.4f}' for a in e.attacks)
+    took = f'{seconds:.0f} s' if found.new else 'stored'
     return f'{e.row:<18} {others}   {part} accuracy {row[f"acc_{part}"]:5.1f} %   {mse}   {took}'
 
-# %% ../nbs/5_run/04_sweep.ipynb #f2e1e81c
+# %% ../nbs/5_run/04_sweep.ipynb #28d4d527
+def _end_with(parent: int):
+    "Run in a worker: one thread, no progress bars, and an end when the parent is gone."
+    def watch():
+        while os.getppid() == parent: time.sleep(0.5)
+        os._exit(1)
+    torch.set_num_threads(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _try(compute: Callable[[Experiment], Run], e: Experiment) -> tuple[Run | DivergedError, float]:
+    "The run, or how it diverged, and the seconds that took."
+    start = time.perf_counter()
+    try: found = compute(e)
+    except DivergedError as error: found = error
+    return found, time.perf_counter() - start
+
+# %% ../nbs/5_run/04_sweep.ipynb #12ee7786
+def _in_workers(compute: Callable[[Experiment], Run], experiments: list[Experiment], workers: int) -> Iterator:
+    "The outcomes of `_try` in the order of the experiments, `workers` of them under way at a time."
+    if workers == 1:
+        yield from (_try(compute, e) for e in experiments)
+        return
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(workers, context, _end_with, (os.getpid(),)) as pool:
+        try: yield from pool.map(partial(_try, compute), experiments)
+        finally: pool.shutdown(wait=False, cancel_futures=True)
+
+# %% ../nbs/5_run/04_sweep.ipynb #9a0f0496
 def sweep(
     base: Experiment,
     rows: Iterable[dict[str, Any]] = ({},),   # settings that vary together, one dict a row
     *,
     device: str = 'auto',                     # auto, cpu or cuda
+    workers: int = 1,                         # processes side by side; more than 1 needs what is registered to lie in a module
     test: bool = True,                        # False where something is chosen by the result: no score on test images is shown
     compute: Callable[[Experiment], Run] | None = None,  # where a run is computed; None: here, through the store
     **axes: Iterable,                         # setting to its values, such as noise_std=[0.01, 0.1], seed=range(3)
@@ -72,16 +106,16 @@ def sweep(
     if compute is None:
         compute = partial(run, device=pick_device(device))
         for settings in {e.data for _, e in points}: data_on(settings, pick_device(device))
-    return pd.DataFrame([_computed(varied, e, compute, 'test' if test else 'val') for varied, e in points])
+    part, records = 'test' if test else 'val', []
+    outcomes = _in_workers(compute, [e for _, e in points], whole(workers=workers))
+    for (varied, e), (found, seconds) in zip(points, outcomes):
+        records.append(_record(e, found, part))
+        print(_line(varied, e, records[-1], part, found, seconds), flush=True)
+    return pd.DataFrame(records)
 
-# %% ../nbs/5_run/04_sweep.ipynb #aa8efd7e
-def _computed(varied: dict[str, Any], e: Experiment, compute: Callable[[Experiment], Run], part: str) -> dict[str, Any]:
-    "A row of the sweep, with a printed line of its scores on `part`."
-    start, row = time.perf_counter(), {k: _plain(v) for k, v in e.settings().items()} | dict(schema=SCHEMA)
-    try: found = compute(e)
-    except DivergedError as error:
-        print(f'{e.row:<18} diverged: {error}')
-        return row | {f'acc_{part}': math.nan}
-    row |= {k: v for k, v in measured(found).items() if part == 'test' or not re.search('_test(_|$)', k)}
-    print(_line(varied, e, row, part, f'{time.perf_counter() - start:.0f} s' if found.new else 'stored'))
-    return row
+# %% ../nbs/5_run/04_sweep.ipynb #07987246
+def _record(e: Experiment, found: Run | DivergedError, part: str) -> dict[str, Any]:
+    "A row of the sweep: settings, and what was measured."
+    row = {k: _plain(v) for k, v in e.settings().items()} | dict(schema=SCHEMA)
+    if isinstance(found, DivergedError): return row | {f'acc_{part}': math.nan}
+    return row | {k: v for k, v in measured(found).items() if part == 'test' or not re.search('_test(_|$)', k)}

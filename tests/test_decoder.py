@@ -55,7 +55,8 @@ def test_a_plain_loop_gives_the_same_bits(digits):
 
 def test_sizes_that_do_not_fit_are_refused_before_any_training():
     model, train = victim(side=12), Split(torch.zeros(8, 1, 12, 12, dtype=torch.uint8), torch.zeros(8).long())
-    assert DecoderAttack(**TINY).attacker(model, train)(torch.rand(2, *feature_shape(model, (1, 12, 12)))).shape == (2, 1, 12, 12)
+    z = torch.rand(2, *feature_shape(model, (1, 12, 12)))
+    assert DecoderAttack(**TINY).attacker(model, train)(z).shape == (2, 1, 12, 12)
     odd = Split(torch.zeros(8, 1, 20, 20, dtype=torch.uint8), torch.zeros(8).long())
     model.encoder.append(torch.nn.AdaptiveAvgPool2d(3))
     with pytest.raises(ValueError, match='power of 2'): DecoderAttack(**TINY).attacker(model, odd)
@@ -63,7 +64,8 @@ def test_sizes_that_do_not_fit_are_refused_before_any_training():
 
 def test_it_learns(digits):
     model = victim(0.002)
-    short, long = (train_attack(DecoderAttack(**(TINY | dict(n_epochs=n, width=16))), model, digits.train) for n in (1, 12))
+    attacks = (DecoderAttack(**(TINY | dict(n_epochs=n, width=16))) for n in (1, 12))
+    short, long = (train_attack(a, model, digits.train) for a in attacks)
     assert [len(h) for _, h in (short, long)] == [1, 12] and long[1][-1]['mse'] < 0.5*long[1][0]['mse']
     assert score_attack(model, long[0], digits.test)['mse'] < 0.7*score_attack(model, short[0], digits.test)['mse']
 

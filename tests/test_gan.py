@@ -134,8 +134,9 @@ def test_shapes_must_agree():
         gradient_penalty(Linear(torch.ones(1, 8, 8)), torch.rand(2, 1, 8, 8), torch.rand(1, 1, 8, 8))
 
 
-@pytest.mark.parametrize('bad', [dict(critic_steps=0), dict(critic_width=0), dict(mse_weight=-1.0), dict(mse_weight=math.nan),
-                                 dict(mse_weight=math.inf), dict(penalty=-0.1), dict(batch_size=1)])
+@pytest.mark.parametrize('bad', [dict(critic_steps=0), dict(critic_width=0), dict(mse_weight=-1.0),
+                                 dict(mse_weight=math.nan), dict(mse_weight=math.inf), dict(penalty=-0.1),
+                                 dict(batch_size=1)])
 def test_bad_settings(bad):
     with pytest.raises(ValidationError, match=next(iter(bad))): GAN(**(TINY | bad))
 

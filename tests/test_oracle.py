@@ -1,19 +1,15 @@
 "The oracle as an attack; what all attacks share is in test_attack_contract.py."
-import inspect
 import math
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from cem_nb.attack import best_of_restarts, reconstruct, score_attack, train_attack
+from cem_nb.attack import best_of_restarts, score_attack
 from cem_nb.core import seeded
 from cem_nb.data import Split, load_data, to_float
 from cem_nb.models import split_model
 from cem_nb.oracle import Oracle, encoded, evenly_spaced, oracle_attack
-
-needs_dropout = pytest.mark.skipif('arrived' not in inspect.signature(oracle_attack).parameters,
-                                   reason='oracle_attack does not know which entries arrived')
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +98,6 @@ def test_posterior_mean_against_the_formula(digits):
     torch.testing.assert_close(attacker(z), want)
 
 
-@needs_dropout
 def test_dropped_entries_tell_nothing(digits):
     model = victim(0.05, drop=0.4).eval()
     attacker = Oracle().attacker(model, digits.train)
@@ -118,7 +113,6 @@ def test_dropped_entries_tell_nothing(digits):
     assert (attacker(z) - x).square().mean() < (blind - x).square().mean()
 
 
-@needs_dropout
 def test_under_dropout_it_still_recovers_what_little_noise_hides(digits):
     assert scores(victim(1e-4, drop=0.3), digits.train, digits.train, n_images=40)['mse'] < 1e-6
 

@@ -1,6 +1,7 @@
 "The paper's figures as printed, as runs, and the errata recomputed from its own rows."
 import math
 import re
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -34,7 +35,12 @@ def test_no_such_table(read, bad):
     with pytest.raises(ValueError, match='choose one of 1, 2'): read(bad)
 
 
-def test_no_such_file():
+@pytest.mark.parametrize('installed', [True, False])
+def test_no_such_file(installed, monkeypatch):
+    def files(name):
+        if not installed: raise PackageNotFoundError(name)
+
+    monkeypatch.setattr('cem_nb.paper.files', files)
     with pytest.raises(FileNotFoundError, match='table_10.csv'): paper_csv('table_10.csv')
 
 
