@@ -14,20 +14,18 @@ COLORS = {
     # rows of tables
     'without CEM': '0.6', 'with CEM': '#0072B2', 'paper': '#D55E00',
     # attacks and the truth
-    'decoder': '#E69F00', 'gan': '#CC79A7', 'oracle': '#009E73', 'exact': 'black',
-    # bounds
-    'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7',
+    'decoder': '#E69F00', 'gan': '#CC79A7', 'oracle': '#009E73', 'exact': 'black', 'mean image': '0.6',
+    # bounds; fisher and unbiased never stand beside pairwise and lower
+    'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7', 'mc': '#E69F00',
+    'fisher': '#56B4E9', 'unbiased': '#CC79A7', 'utility': '#009E73', 'diagonal': '#D55E00',
+    # variants of the CEM loss
+    'diag': '#0072B2', 'full': '#009E73', 'letter': '#CC79A7', 'balanced': '#E69F00', 'release': '#D55E00',
+    'soft weights': '#D55E00',
     # of images and features, or of their shuffled pairs
     'dependence': '#0072B2', 'independence': '#E69F00',
-    'fisher': '#56B4E9', 'unbiased': '#CC79A7',  # beside theorem1 and the attacks, never beside pairwise and lower
-    'mc': '#E69F00',
-    'utility': '#009E73', 'diagonal': '#D55E00',
-    # variants of the CEM loss
-    'balanced': '#0072B2', 'mean': '#E69F00', 'sum': '#CC79A7', 'full': '#009E73', 'release': '#D55E00',
-    # links of Theorem 1's proof, the encoders and the entropy of the worlds on which it is checked
+    # links of Theorem 1's proof, and the encoders and the entropy of the worlds on which it is checked
     'not Gaussian': '#56B4E9', 'not round': '#E69F00', 'uneven over z': '#CC79A7',
     'sigmoid': '#0072B2', 'radius': '#E69F00', 'fold': '#CC79A7', 'entropy': '#0072B2', 'accuracy': '#0072B2',
-    'mean image': '0.6',
 }
 
 # %% ../nbs/1_base/02_style.ipynb #b820299f

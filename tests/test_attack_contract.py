@@ -62,7 +62,7 @@ def victim(noise_std=0.025, drop=0.0, arch='vgg11', channels=1):
 
 def colours(grey):
     shares = torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None, None]
-    return Split(grey.x.repeat(1, 3, 1, 1) // shares, grey.y)
+    return Split(grey.x.repeat(1, 3, 1, 1)//shares, grey.y)
 
 
 def states(module): return {k: v.clone() for k, v in module.state_dict().items()}

@@ -39,7 +39,7 @@ def test_distance_correlation_of_tight_clusters_in_float32():
 def test_distance_correlation_properties():
     x = torch.randn(30, 4, dtype=torch.float64)
     q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    assert distance_correlation(x, 5*x@q + 2).item() == pytest.approx(1)
+    assert distance_correlation(x, 5*x @ q + 2).item() == pytest.approx(1)
     assert distance_correlation(x, torch.ones(30, 2)) == 0
     z = torch.rand(30, 8, 2, 2)
     assert distance_correlation(x.float(), z) == pytest.approx(distance_correlation(z, x.float()).item(), abs=1e-5)
