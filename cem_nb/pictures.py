@@ -156,7 +156,7 @@ def first_runs(
 
 # %% ../nbs/5_run/10_pictures.ipynb #9014cc6d
 def plot_examples(
-    runs: dict[str, Any],   # by the name of the row; `examples(n, attack)` of each gives images and reconstructions
+    runs: dict[str, Any],   # by the name of the row; `examples(n)` of each gives images, and reconstructions by attack
     attacks: list[str],     # to be shown side by side
     n: int = 6,             # test images
 ) -> plt.Figure:
@@ -164,10 +164,11 @@ def plot_examples(
 
     Raises `ValueError` if there is nothing to show."""
     if not runs or not attacks: raise ValueError('no run was attacked to the end; look at the lines that were printed')
-    found = {name: [run.examples(n, a) for a in attacks] for name, run in runs.items()}
-    white = torch.ones_like(found[next(iter(found))][0][0][:1])
+    found = {name: run.examples(n) for name, run in runs.items()}
+    x = next(iter(found.values()))[0].cpu()
+    white, lost = torch.ones_like(x[:1]), torch.ones_like(x)  # an attack that diverged has no reconstructions
     beside = lambda parts: torch.cat([t for part in parts for t in (white, part.cpu().nan_to_num(1))][1:])
-    rows = {'original': beside(x for x, _ in found[next(iter(found))])}
-    fig = show_images(rows | {name: beside(x_hat for _, x_hat in pairs) for name, pairs in found.items()}, scale=0.6)
+    rows = {name: beside(rebuilt.get(a, lost) for a in attacks) for name, (_, rebuilt) in found.items()}
+    fig = show_images({'original': beside([x]*len(attacks))} | rows, scale=0.6)
     for i, a in enumerate(attacks): fig.axes[i*(n + 1)].set_title(attack_label(a), loc='left')
     return fig
