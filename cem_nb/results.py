@@ -14,7 +14,7 @@ import pandas as pd
 
 from .core import Record, committed_dir, results_dir
 from .parameters import TableParameters, changed, table_base, table_rows
-from .store import RunError
+from .store import SCHEMA, RunError
 from .sweep import sweep
 
 # %% ../nbs/5_run/06_results.ipynb #acddba94
@@ -74,12 +74,17 @@ def provenance_line(frame: pd.DataFrame) -> str:
 def committed(
     name: str,  # of the file, without its ending, as table1_folder-cifar10_small
 ) -> pd.DataFrame | None:
-    "A result that came with the repository, with a line on where it comes from; None, with a line, if there is none."
+    """A result that came with the repository, with a line on where it comes from.
+
+    None, with a line, if there is none, or if its numbers mean something else in this version."""
     path = committed_dir()/f'{name}.csv'
     if not path.is_file():
         print(f'no result {name} came with the repository')
         return None
     frame = read_result(path)
+    if 'schema' in frame and set(frame.schema) != {SCHEMA}:
+        print(f'figures/{path.name} is of schema {frame.schema[0]}, this version computes schema {SCHEMA}: not shown')
+        return None
     print(f'figures/{path.name}: {provenance_line(frame)}')
     return frame
 

@@ -65,7 +65,7 @@ def test_macs_of_the_attack():
 
 def test_counts_of_table_9():
     "The paper's figures, which hold a little more than convolutions and linear layers."
-    others, patrol = (make_defense(name).model('vgg11', 10) for name in ('Bottleneck', 'PATROL'))
+    others, patrol = (make_defense(name).model('vgg11', 10, noise_std=0.025) for name in ('Bottleneck', 'PATROL'))
     patrol.encoder.prune([torch.rand(conv.out_channels) for conv, _, _ in patrol.encoder.groups()])
     assert n_params(others.encoder) == 85_256 and n_params(patrol.encoder) == 83_723
     assert n_params(others.server) == n_params(patrol.server) == 9_689_738
@@ -78,7 +78,7 @@ def test_counts_of_table_9():
 
 
 def test_all_methods_but_two_have_one_network():
-    shapes = {name: {k: v.shape for k, v in make_defense(name).model('vgg11', 10, width=0.125).state_dict().items()}
+    shapes = {name: {k: v.shape for k, v in make_defense(name).model('vgg11', 10, width=0.125, noise_std=0.025).state_dict().items()}
               for name in DEFENSES}
     assert {name for name in DEFENSES if shapes[name] != shapes['Bottleneck']} == {'PATROL', 'No_defense'}
 
@@ -147,7 +147,7 @@ def test_rounds_are_interleaved_and_sides_add_up(monkeypatch):
     clock, warmup, repeats = Clock(monkeypatch), 2, 6
     # of the encoder: one call to count and one to make the feature; of the server: one to count
     rise, fall = lambda i: float(i - 2 - warmup), lambda i: float(repeats - (i - 1 - warmup))
-    models = {name: SplitModel(clock.layer(name + ' encoder', rise), clock.layer(name + ' server', fall, 4, 3))
+    models = {name: SplitModel(clock.layer(name + ' encoder', rise), clock.layer(name + ' server', fall, 4, 3), 0.0)
               for name in ('a', 'b', 'c')}
     t = cost_table(models, (4,), batch_size=2, warmup=warmup, repeats=repeats)
     log = [name for name, *_ in clock.log[-6*(warmup + repeats):]]
@@ -190,7 +190,7 @@ def test_on_a_gpu():
 
 @pytest.fixture(scope='module')
 def table():
-    nets = {name: make_defense(name).model('vgg11', 10, width=0.125).to(memory_format=torch.channels_last)
+    nets = {name: make_defense(name).model('vgg11', 10, width=0.125, noise_std=0.025).to(memory_format=torch.channels_last)
             for name in ('PATROL', 'Bottleneck', 'No_defense')}
     return cost_table(nets, (3, 32, 32), batch_size=2, repeats=2)
 

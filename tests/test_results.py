@@ -46,3 +46,12 @@ def test_what_was_committed_says_where_it_comes_from(monkeypatch, tmp_path, caps
     line = capsys.readouterr().out
     assert all(word in line for word in ('a CPU', '2.11', '2026-11-25', 'seeds 0', 'train 4 s'))
     assert table_result('table1', TableParameters(dataset='committed'), 'table1_x').equals(FRAME)
+
+
+def test_a_result_of_another_schema_is_not_shown(monkeypatch, tmp_path, capsys):
+    import cem_nb.results as results
+    monkeypatch.setattr(results, 'committed_dir', lambda: tmp_path)
+    FRAME.assign(schema=results.SCHEMA - 1).to_csv(tmp_path/'table1_x.csv', index=False)
+    assert committed('table1_x') is None and 'not shown' in capsys.readouterr().out
+    FRAME.assign(schema=results.SCHEMA).to_csv(tmp_path/'table1_x.csv', index=False)
+    assert committed('table1_x') is not None
