@@ -129,7 +129,9 @@ def _take(s: Split, n: int, seed: int, what: str) -> tuple[Split, Split]:
     if n == 0: return _empty(s), s
     if n == len(s): return s, _empty(s)
     try: a, b = train_test_split(np.arange(len(s)), train_size=n, stratify=s.y.numpy(), random_state=seed)
-    except ValueError as e: raise DataError(f'cannot take {n} {what} images out of {len(s)}, stratified by class ({e}); change n_train or val_frac')
+    except ValueError as e:
+        raise DataError(f'cannot take {n} {what} images out of {len(s)}, stratified by class ({e}); change n_train or '
+                        'val_frac') from None
     a, b = (torch.as_tensor(np.sort(i)) for i in (a, b))
     return Split(s.x[a], s.y[a]), Split(s.x[b], s.y[b])
 

@@ -49,7 +49,7 @@ class Experiment(Record):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     defense: DEFENSES.Name = 'Bottleneck'
-    params: dict[str, float] = {}                   # settings of the defence; those it is registered with fill in the others
+    params: dict[str, float] = {}                   # of the defence; those it is registered with fill in the others
     cem: CEMSettings | None = None                  # None: without CEM
     training: TrainSettings = TrainSettings()
     attacks: tuple[AnyAttack, ...] = (DecoderAttack(),)
@@ -125,8 +125,8 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
     e = experiment
     cem = dict(e.cem or CEMSettings()) | dict(lam=e.cem.lam if e.cem else 0.0)
     own = {f'{a.name}__{k}': v for a in e.attacks for k, v in dict(a).items()}
-    return dict(defense=e.defense, cem=e.cem is not None, seed=e.seed, preset=e.preset, **dict(e.data), **dict(e.model), **cem, params=e.params,
-                **dict(e.training), **own)
+    return dict(defense=e.defense, cem=e.cem is not None, seed=e.seed, preset=e.preset, **dict(e.data), **dict(e.model),
+                **cem, params=e.params, **dict(e.training), **own)
 
 # %% ../nbs/5_run/01_experiment.ipynb #6c47316c
 PRESETS = Registry('preset')

@@ -72,8 +72,8 @@ class TableParameters(Record):
 # %% ../nbs/5_run/05_parameters.ipynb #581adb5f
 def table_base(p: TableParameters) -> Experiment:
     "The experiment that all rows of a table start from."
-    return preset(p.preset, tuple(ATTACKS[a](restarts=p.restarts if ATTACKS[a].trained else 1) for a in p.attacks), dataset=p.dataset, image_size=p.image_size,
-                  arch=p.arch, noise_std=p.noise_std)
+    attacks = tuple(ATTACKS[a](restarts=p.restarts if ATTACKS[a].trained else 1) for a in p.attacks)
+    return preset(p.preset, attacks, dataset=p.dataset, image_size=p.image_size, arch=p.arch, noise_std=p.noise_std)
 
 
 def table_rows(p: TableParameters) -> list[dict[str, Any]]:

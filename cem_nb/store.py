@@ -166,7 +166,8 @@ def _train_into(path: Path, e: Experiment, data: ImageData, fingerprint: str):
         start, resumed = time.perf_counter(), (part/'checkpoint.pt').is_file()
         model, curves = train(e, data, checkpoint=part/'checkpoint.pt', label=f'{e.row}, seed {e.seed}: train')
         result = dict(accuracy=_scores(data, lambda s: accuracy(model, s, seed=e.seed)), curves=curves,
-                      seconds=time.perf_counter() - start, resumed=resumed, feature=feature_shape(model, data.shape), images=len(data.train),
+                      seconds=time.perf_counter() - start, resumed=resumed, images=len(data.train),
+                      feature=feature_shape(model, data.shape),
                       encoder_params=n_params(model.encoder), params=n_params(model), **provenance(data.train.x.device))
         _write(part, model.state_dict(), result=result,
                config=dict(experiment=e.model_dump(mode='json', exclude={'attacks'}), fingerprint=fingerprint))

@@ -135,7 +135,7 @@ def test_modes_statistics_and_gradients_are_left_alone():
     macs(net, (4,))
     with pytest.raises(ValueError): macs(net, (5,))
     with pytest.raises(RuntimeError): time_inference(net, torch.rand(3, 5))
-    model, state = SplitModel(net, mixed()), torch.get_rng_state()
+    model, state = SplitModel(net, mixed(), 0.0), torch.get_rng_state()
     cost_table({'a': model}, (4,), batch_size=2, repeats=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in net.modules()] == modes == [m.training for m in model.server.modules()]

@@ -287,7 +287,8 @@ K, X = torch.rand(4, 3), torch.rand(4, 2)
     ((K, K, (X*255).byte(), 1.), TypeError, 'bytes'), ((K, K.numpy(), X, 1.), TypeError, 'floating point'),
     ((K.numpy(), K, X, 1.), TypeError, 'tensor'), ((K.long(), K, X, 1.), TypeError, 'float'),
     ((K*math.nan, K, X, 1.), ValueError, 'NaN'), ((K, K/0, X, 1.), ValueError, 'inf'),
-    ((K, K, X*math.nan, 1.), ValueError, 'NaN'), ((K[:, 0], K[:, 0], X, 1.), ValueError, 'shape'), ((K[:, :0], K[:, :0], X, 1.), ValueError, 'shape')])
+    ((K, K, X*math.nan, 1.), ValueError, 'NaN'), ((K[:, 0], K[:, 0], X, 1.), ValueError, 'shape'),
+    ((K[:, :0], K[:, :0], X, 1.), ValueError, 'shape')])
 def test_oracle_attack_refuses(args, error, message):
     with pytest.raises(error, match=message): oracle_attack(*args)
 
