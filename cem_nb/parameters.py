@@ -62,7 +62,7 @@ class TableParameters(Record):
     arch: NETWORKS.Name = ModelSettings().arch
     image_size: int | None = None  # None: the data set's own
     device: str = 'auto'
-    workers: Count = 1
+    workers: Count = 2
 
     def model_post_init(self, _):
         if self.lam and not self.noise_std: raise ValueError('CEM needs noise; give a noise_std > 0, or lam 0')

@@ -9,6 +9,7 @@ __all__ = ['experiments', 'measured', 'sweep']
 import json, math, multiprocessing, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from .core import whole
 from .experiment import Experiment
-from .store import SCHEMA, Run, data_on, pick_device, run
+from .store import SCHEMA, Run, RunError, data_on, pick_device, run
 from .training import DivergedError
 
 # %% ../nbs/5_run/04_sweep.ipynb #134c755a
@@ -78,15 +79,26 @@ def _try(compute: Callable[[Experiment], Run], e: Experiment) -> tuple[Run | Div
     return found, time.perf_counter() - start
 
 # %% ../nbs/5_run/04_sweep.ipynb #12ee7786
+def _try_record(compute: Callable[[Experiment], Run], record: str) -> tuple[Run | DivergedError, float]:
+    "`_try` of an experiment that travelled as JSON, as it would to another machine."
+    found, seconds = _try(compute, Experiment.model_validate_json(record))
+    return (found if isinstance(found, DivergedError) else (found.path, found.new)), seconds
+
+
 def _in_workers(compute: Callable[[Experiment], Run], experiments: list[Experiment], workers: int) -> Iterator:
-    "The outcomes of `_try` in the order of the experiments, `workers` of them under way at a time."
-    if workers == 1:
-        yield from (_try(compute, e) for e in experiments)
-        return
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(workers, context, _end_with, (os.getpid(),)) as pool:
-        try: yield from pool.map(partial(_try, compute), experiments)
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+    "The outcomes of `_try` in the order of the experiments, `workers` of them under way at a time. Raises `RunError`."
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _end_with, (os.getpid(),))
+    outcomes = pool.map(partial(_try_record, compute), [e.model_dump_json() for e in experiments])
+    try:
+        for e, (found, seconds) in zip(experiments, outcomes):
+            yield (found if isinstance(found, DivergedError) else Run(found[0], e, found[1])), seconds
+    except BrokenProcessPool:
+        raise RunError('a worker process died, perhaps for lack of memory; start again, with fewer workers: what is '
+                       'finished is kept') from None
+    finally:  # an interrupt ends the runs that are under way too
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others: worker.terminate()
 
 # %% ../nbs/5_run/04_sweep.ipynb #9a0f0496
 def sweep(
@@ -94,7 +106,7 @@ def sweep(
     rows: Iterable[dict[str, Any]] = ({},),   # settings that vary together, one dict a row
     *,
     device: str = 'auto',                     # auto, cpu or cuda
-    workers: int = 1,                         # processes side by side; more than 1 needs what is registered to lie in a module
+    workers: int = 1,                         # processes side by side, on a CPU; what is registered must then lie in a module
     test: bool = True,                        # False where something is chosen by the result: no score on test images is shown
     compute: Callable[[Experiment], Run] | None = None,  # where a run is computed; None: here, through the store
     **axes: Iterable,                         # setting to its values, such as noise_std=[0.01, 0.1], seed=range(3)
@@ -107,7 +119,9 @@ def sweep(
         compute = partial(run, device=pick_device(device))
         for settings in {e.data for _, e in points}: data_on(settings, pick_device(device))
     part, records = 'test' if test else 'val', []
-    outcomes = _in_workers(compute, [e for _, e in points], whole(workers=workers))
+    if pick_device(device).type != 'cpu': workers = 1  # one process fills a GPU
+    todo = [e for _, e in points]
+    outcomes = _in_workers(compute, todo, workers) if whole(workers=workers) > 1 else (_try(compute, e) for e in todo)
     for (varied, e), (found, seconds) in zip(points, outcomes):
         records.append(_record(e, found, part))
         print(_line(varied, e, records[-1], part, found, seconds), flush=True)

@@ -125,3 +125,11 @@ def test_workers_give_what_one_process_gives(monkeypatch):
     monkeypatch.setenv('CEM_RUNS', os.environ['CEM_RUNS'] + '2')
     b = sweep(TINY, seed=[0, 1], cem=[False, True])
     pd.testing.assert_frame_equal(a.drop(columns=TIMES), b.drop(columns=TIMES), check_exact=True)
+
+
+def dying(e): os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_a_clear_error():
+    with pytest.raises(RunError, match='fewer workers'): sweep(TINY, compute=dying, workers=2, seed=[0, 1])
