@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb')
                    if '.ipynb_checkpoints' not in p.parts and not p.stem.startswith('out'))
 TABLES = {int(m[1]): p for p in NOTEBOOKS if (m := re.search(r'_table([1-9])$', p.stem))}
-# papermill of the README runs Table 1 as it is; here it and one other run on a folder of images
-PARAMETERS = {TABLES[9]: dict(methods='PATROL,Bottleneck', width=0.25, batch_size=8, repeats=1)}
+# papermill of the README runs Table 1 as it is; here it and one other run on a folder of images, and so do the studies
+PARAMETERS = {'12_table9': dict(methods='PATROL,Bottleneck', width=0.25, batch_size=8, repeats=1),
+              '17_lambda': dict(settings='base', lams='16,64', balances='3,10'), '19_settings': {}}
+ON_IMAGES = '17_lambda', '19_settings'
 pytestmark = pytest.mark.slow
 
 
@@ -55,9 +57,9 @@ def outputs(path):
 
 
 @pytest.mark.parametrize('name', [p for p in NOTEBOOKS if p != TABLES[1]], ids=lambda p: p.stem)
-def test_notebook_runs(name, copy, tmp_path):
-    before = {p.name for p in (copy/'figures').iterdir()}
-    execute(copy/name, tmp_path/'out.ipynb', **PARAMETERS.get(name, {}))
+def test_notebook_runs(name, copy, images, tmp_path):
+    before, small = {p.name for p in (copy/'figures').iterdir()}, dict(dataset=f'folder:{images}') if name.stem in ON_IMAGES else {}
+    execute(copy/name, tmp_path/'out.ipynb', **PARAMETERS.get(name.stem, {}), **small)
     assert {p.name for p in (copy/'figures').iterdir()} == before
 
 
