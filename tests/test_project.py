@@ -176,7 +176,8 @@ def test_the_wheel_carries_the_papers_numbers(tmp_path):
         (tmp_path/'src'/name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, tmp_path/'src'/name)
     pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
-    subprocess.run([*pip, 'install', '--no-deps', '--no-build-isolation', '--ignore-installed', '--prefix', tmp_path/'env', tmp_path/'src'], check=True)
+    subprocess.run([*pip, 'install', '--no-deps', '--no-build-isolation', '--ignore-installed',  # leave the checkout's
+                    '--prefix', tmp_path/'env', tmp_path/'src'], check=True)
     site = next((tmp_path/'env').glob('lib/python*/site-packages'))
     code = ('import cem_nb.paper as r\n'
             f'assert r.__file__.startswith({str(tmp_path)!r}), r.__file__\n'
