@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'ATTACKS', 'zero_padded_window', 'ssim_zero', 'evaluating'
            'attempt', 'best_of_restarts']
 
 # %% ../nbs/4_attack/01_attack.ipynb #92494dc6
-import math, warnings
+import json, math, re, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,7 +173,8 @@ def register_attack(
     label: str,          # in tables and plots
     marker: str,         # in plots
 ) -> Callable:           # a decorator
-    "Add the class below to `ATTACKS`. Raises `ValueError` for a name that is taken."
+    "Add the class below to `ATTACKS`. Raises `ValueError` for a name that is taken or that no column can have."
+    if not re.fullmatch('[a-z0-9]+', name): raise ValueError(f'an attack cannot be called {name!r}; use small letters and digits')
     def add(cls):
         cls.name, cls.label, cls.marker = name, label, marker
         return register(ATTACKS, name)(cls)
@@ -185,7 +186,7 @@ def attack_from(
 ) -> Attack:
     "The attack that `record` tells of. `ValueError` for a name or a setting that does not exist or is out of range."
     settings = dict(record)
-    return ATTACKS[settings.pop('name', None)](**settings)
+    return ATTACKS[settings.pop('name', None)].model_validate_json(json.dumps(settings))  # a list is then a tuple
 
 # %% ../nbs/4_attack/01_attack.ipynb #bb244140
 def train_attack(

@@ -104,14 +104,28 @@ class Registry(dict):
         return Annotated[str, AfterValidator(self.known)]
 
 # %% ../nbs/1_base/01_core.ipynb #dfbbff80
+def _origin(thing: Any) -> tuple[str, str]:
+    "Where a class or function was defined, also one in a partial or as the first entry of a tuple."
+    thing = getattr(thing, 'func', thing[0] if isinstance(thing, tuple) else thing)
+    if hasattr(thing, 'func'): return _origin(thing)
+    return thing.__module__, thing.__qualname__
+
+
+def _same_origin(a: Any, b: Any) -> bool:
+    "Whether both are one definition; a notebook that shows a module defines its things once more."
+    (m, p), (n, q) = _origin(a), _origin(b)
+    return p == q and (m == n or '__main__' in (m, n))
+
+
 def register(
     registry: Registry,
     name: str,      # new in the registry
 ) -> Any:           # a decorator
-    "Add the class or function below to `registry`. Raises `ValueError` for a name that is taken by something else."
+    """Add the class or function below to `registry`; a cell that is run again replaces what it added.
+
+    Raises `ValueError` for a name that is taken by something else."""
     def add(thing):
-        old = registry.get(name)
-        if old is not None and getattr(old, '__qualname__', old) != getattr(thing, '__qualname__', thing):
+        if name in registry and not _same_origin(registry[name], thing):
             raise ValueError(f'there is a {registry.kind} {name!r} already; choose another name')
         registry[name] = thing
         return thing

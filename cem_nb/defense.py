@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import Registry, number
+from .core import Registry, number, register
 from .models import SplitModel, split_model
 
 # %% ../nbs/3_defend/03_defense.ipynb #0c25c8cb
@@ -103,11 +103,9 @@ def defense(
 ) -> Callable[[type[Defense]], type[Defense]]:
     "Decorator that adds the class to `DEFENSES`; `ValueError` for a name that is taken, `TypeError` for a wrong setting"
     def add(cls):
-        if name in DEFENSES and DEFENSES[name].cls.__qualname__ != cls.__qualname__:
-            raise ValueError(f'there is a defence {name!r} already; choose another name')
         bound = inspect.signature(cls).bind(**settings)
         bound.apply_defaults()
-        DEFENSES[name] = Method(cls, dict(bound.arguments))
+        register(DEFENSES, name)(Method(cls, dict(bound.arguments)))
         return cls
     return add
 

@@ -57,7 +57,9 @@ class Experiment(Record):
     preset: str = ''                                # what it began as: a label, of no effect on the numbers
 
     def model_post_init(self, _):
+        if self.cem and not self.cem.lam: object.__setattr__(self, 'cem', None)  # a weight of 0 is no CEM
         if self.cem and not self.model.noise_std: raise ValueError('CEM needs noise; give a noise_std > 0')
+        if self.cem and self.training.epochs < 2: raise ValueError('CEM begins with the second epoch; give 2 epochs or more')
         if self.cem and not DEFENSES[self.defense].cls.cem: raise ValueError(f'{self.defense} has no row with CEM')
         names = [a.name for a in self.attacks]
         if len(names) > len(set(names)): raise ValueError(f'attacks are {", ".join(names)}; give each once')
@@ -110,10 +112,13 @@ def replaced(
 ) -> Experiment:
     "The experiment with other settings, wherever in the record they lie. Raises `ValueError` for one that does not exist."
     if 'attacks' in settings: experiment = _updated(experiment, dict(attacks=tuple(settings.pop('attacks'))))
+    for name in {'arch', 'dataset'} & set(settings) if experiment.preset == 'paper' else ():
+        if settings[name] != flat_settings(experiment)[name]:
+            raise ValueError(f"{name} decides on epochs and batch size of the preset paper; give it to preset('paper', ...)")
     parts = {part: {} for part in ('', 'data', 'model', 'training', 'cem', 'attacks')}
     for name, value in settings.items(): parts['cem' if name == 'cem' else _place_of(experiment, name)][name] = value
     changes = parts.pop('')
-    if 'defense' in changes: changes.setdefault('params', {})  # another defence does not take over this one's settings
+    if changes.get('defense', experiment.defense) != experiment.defense: changes.setdefault('params', {})  # not this one's
     if parts['cem']: changes['cem'] = _replaced_cem(experiment.cem, parts['cem'])
     if parts['attacks']: changes['attacks'] = _replaced_attacks(experiment.attacks, parts['attacks'])
     for part in ('data', 'model', 'training'): changes[part] = _updated(getattr(experiment, part), parts[part])
@@ -151,10 +156,10 @@ def preset(
     **settings,                       # by name, as in `replaced`; they win over the preset's
 ) -> Experiment:
     "The experiment that a preset and some settings stand for. Raises `ValueError` for names that do not exist."
-    experiment = Experiment(attacks=attacks, preset=name)
+    experiment = Experiment(attacks=attacks)
     present = {a.name for a in attacks}
     own = {k: v for k, v in PRESETS[name].items() if '__' not in k or k.split('__')[0] in present}
     if name == 'paper':
         own |= {k: v[key] for k, v, key in (('epochs', _PAPER_EPOCHS, settings.get('arch')),
                                             ('batch_size', _PAPER_BATCH, settings.get('dataset'))) if key in v}
-    return experiment.replace(**(own | settings))
+    return _updated(experiment.replace(**(own | settings)), dict(preset=name))

@@ -30,7 +30,7 @@ def stem(
     "The name of a result's files, without their ending."
     words = lambda v: '-'.join(f'{w:g}' if isinstance(w, float) else str(w) for w in (v if isinstance(v, tuple) else (v,)))
     others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device', 'workers')).items()]
-    return '_'.join([name, data_label(p.dataset), p.preset, *others])
+    return '_'.join([name, *([] if p.dataset == 'committed' else [data_label(p.dataset), p.preset]), *others])
 
 # %% ../nbs/5_run/06_results.ipynb #69cf7da4
 def save(
@@ -41,7 +41,7 @@ def save(
 ) -> list[Path]:
     "Write a result as CSV and figures as PNG under `results_dir()`. Raises `RunError` when that cannot be done."
     base = results_dir()/stem(name, p)
-    writers = {Path(f'{base}.csv'): lambda f: frame.to_csv(f, index=False, float_format='%.6g')}
+    writers = {Path(f'{base}.csv'): lambda f: frame.assign(schema=SCHEMA).to_csv(f, index=False, float_format='%.6g')}
     writers |= {Path(f'{base}_{k}.png'): lambda f, fig=fig: fig.savefig(f, format='png') for k, fig in figures.items()}
     for path, write in writers.items(): _write_whole(path, write)
     return list(writers)
@@ -82,8 +82,8 @@ def committed(
         print(f'no result {name} came with the repository')
         return None
     frame = read_result(path)
-    if 'schema' in frame and set(frame.schema) != {SCHEMA}:
-        print(f'figures/{path.name} is of schema {frame.schema[0]}, this version computes schema {SCHEMA}: not shown')
+    if set(frame.get('schema', ())) != {SCHEMA}:
+        print(f'figures/{path.name} is not of schema {SCHEMA}, which this version computes: not shown')
         return None
     print(f'figures/{path.name}: {provenance_line(frame)}')
     return frame
@@ -92,8 +92,8 @@ def committed(
 def table_result(
     name: str,                # of the notebook, such as table2
     p: TableParameters,
-    committed_as: str = '',   # the file that came with the repository
+    committed_as: str = '',   # what the file that came with the repository begins with; what differs from the defaults follows
 ) -> pd.DataFrame | None:
     "The rows of a table: computed for a data set, or, for `dataset='committed'`, read; None if there is nothing to read."
-    if p.dataset == 'committed': return committed(committed_as or name)
+    if p.dataset == 'committed': return committed(stem(committed_as or name, p))
     return sweep(table_base(p), table_rows(p), device=p.device, workers=p.workers, seed=p.seeds)

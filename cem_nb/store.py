@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'RunError', 'run_path', 'attack_path', 'write_then_rename', 'pick_device', 'data_on', 'Run', 'open_run',
-           'run']
+           'check_sizes', 'run']
 
 # %% ../nbs/5_run/03_store.ipynb #385991d8
 import hashlib, json, os, time
@@ -149,12 +149,14 @@ class Run:
 # %% ../nbs/5_run/03_store.ipynb #410ef73e
 def open_run(
     name: str,  # of its folder, as in the column `run` of a sweep
+    attacks: tuple[Attack, ...] | None = None,  # on it; None: all in the store, of each name the newest
 ) -> Run:
-    "A run that is in the store, with the attacks it was last run with. Raises `RunError`."
+    "A run that is in the store. Raises `RunError`."
     path = runs_dir()/name
     if not path.is_dir(): raise RunError(f'there is no run {name} in {runs_dir()}; compute it first')
-    attacks = [_read(p, 'config') for p in sorted(path.iterdir()) if p.is_dir() and p.suffix != '.part']
-    record = _read(path, 'config')['experiment'] | dict(attacks=attacks)
+    found = sorted((p for p in path.iterdir() if p.is_dir() and p.suffix != '.part'), key=lambda p: p.stat().st_mtime)
+    newest = {r['name']: r for r in (_read(p, 'config') for p in found)} if attacks is None else {}
+    record = _read(path, 'config')['experiment'] | dict(attacks=[*newest.values(), *(a.record() for a in attacks or ())])
     return Run(path, Experiment.model_validate_json(json.dumps(record)))
 
 # %% ../nbs/5_run/03_store.ipynb #77959ffb
@@ -186,6 +188,14 @@ def _attack_into(path: Path, attack: Attack, e: Experiment, data: ImageData, mod
         _write(part, attacker.state_dict() if attacker else {}, config=attack.record(), result=result)
 
 # %% ../nbs/5_run/03_store.ipynb #78a04ce0
+def check_sizes(e: Experiment, data: ImageData):
+    "Build all networks of a run and train none. Raises `ValueError` for a cut, an image or a feature that does not fit."
+    with seeded(e.seed, 'sizes'):
+        model = build(e, data)[1]
+        for a in e.attacks:
+            if a.trained: a.attacker(model, data.train)
+
+
 def run(
     experiment: Experiment,
     device: torch.device = torch.device('cpu'),
@@ -198,9 +208,7 @@ def run(
     path = run_path(e, fingerprint)
     missing = [a for a in e.attacks if not attack_path(path, a).is_dir()]
     found = Run(path, e, new=bool(missing) or not path.is_dir())
-    if missing:  # an impossible pair of sizes stops here, before any training
-        untrained = build(e, data)[1]
-        for a in missing: a.attacker(untrained, data.train)
+    if found.new: check_sizes(e, data)
     if not path.is_dir(): _train_into(path, e, data, fingerprint)
     for a in missing: _attack_into(attack_path(path, a), a, e, data, found.model(device))
     return found

@@ -10,6 +10,7 @@ import json, math, multiprocessing, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
 from itertools import product
 from typing import Any
@@ -18,8 +19,11 @@ import pandas as pd
 import torch
 
 from .core import whole
+from .data import DATASETS, load_data
 from .experiment import Experiment
-from .store import SCHEMA, Run, RunError, data_on, pick_device, run
+from .methods import DEFENSES
+from .models import NETWORKS
+from .store import SCHEMA, Run, RunError, check_sizes, data_on, pick_device, run
 from .training import DivergedError
 
 # %% ../nbs/5_run/04_sweep.ipynb #134c755a
@@ -28,7 +32,10 @@ def experiments(
     rows: Iterable[dict[str, Any]] = ({},),  # settings that vary together, one dict a row
     **axes: Iterable,                        # setting to its values
 ) -> list[tuple[dict[str, Any], Experiment]]:  # what is varied, and the experiment; the rows vary fastest
-    "All combinations of the axes' values with the rows. Raises `ValueError` for a setting that does not exist."
+    "All combinations of the axes' values with the rows. Raises `ValueError` for a setting that does not exist or is in both."
+    rows = list(rows)
+    if both := set(axes) & {name for row in rows for name in row}:
+        raise ValueError(f'{", ".join(sorted(both))} is an axis and in the rows; give it in one of them')
     points = [dict(zip(axes, values)) for values in product(*axes.values())]
     varied = [point | row for point in points for row in rows]
     return [(v, base.replace(**v)) for v in varied]
@@ -52,14 +59,21 @@ def measured(run: Run) -> dict[str, Any]:
     return row | dict(run=run.path.name, **{k: r[k] for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')})
 
 # %% ../nbs/5_run/04_sweep.ipynb #cdab2a9c
-def _line(varied: dict, e: Experiment, row: dict, part: str, found: Run | DivergedError, seconds: float) -> str:
-    "One line of progress for a run."
-    if isinstance(found, DivergedError): return f'{e.row:<18} diverged: {found}'
-    others = '  '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in varied.items()
-                       if k not in ('defense', 'cem', 'lam', 'variant'))
+def _names_that_vary(points: list[tuple[dict[str, Any], Experiment]]) -> list[str]:
+    "The settings, beside defence and CEM, that have more than one value among those who name them."
+    values = {}
+    for varied, _ in points:
+        for name, v in varied.items(): values.setdefault(name, set()).add(_plain(v))
+    return [name for name, vs in values.items() if len(vs) > 1 and name not in ('defense', 'cem')]
+
+
+def _line(names: list[str], varied: dict, e: Experiment, row: dict, part: str, found: Run | DivergedError, seconds: float) -> str:
+    "One line of progress for a run; `names` are the settings that tell it from the others."
+    told = '  '.join(f'{k} {varied[k]:g}' if isinstance(varied[k], float) else f'{k} {varied[k]}' for k in names if k in varied)
+    if isinstance(found, DivergedError): return f'{e.row:<18} {told}   diverged: {found}'
     mse = '  '.join(f'{a.label} MSE {row[f"mse_{part}_{a.name}"]:.4f}' for a in e.attacks)
     took = f'{seconds:.0f} s' if found.new else 'stored'
-    return f'{e.row:<18} {others}   {part} accuracy {row[f"acc_{part}"]:5.1f} %   {mse}   {took}'
+    return f'{e.row:<18} {told}   {part} accuracy {row[f"acc_{part}"]:5.1f} %   {mse}   {took}'
 
 # %% ../nbs/5_run/04_sweep.ipynb #28d4d527
 def _end_with(parent: int):
@@ -79,19 +93,24 @@ def _try(compute: Callable[[Experiment], Run], e: Experiment) -> tuple[Run | Div
     return found, time.perf_counter() - start
 
 # %% ../nbs/5_run/04_sweep.ipynb #12ee7786
-def _try_record(compute: Callable[[Experiment], Run], record: str) -> tuple[Run | DivergedError, float]:
-    "`_try` of an experiment that travelled as JSON, as it would to another machine."
-    found, seconds = _try(compute, Experiment.model_validate_json(record))
-    return (found if isinstance(found, DivergedError) else (found.path, found.new)), seconds
+def _try_records(compute: Callable[[Experiment], Run], records: list[str]) -> list[tuple]:
+    "`_try` of experiments that travelled as JSON, one after the other."
+    outcomes = [_try(compute, Experiment.model_validate_json(r)) for r in records]
+    return [(found if isinstance(found, DivergedError) else (found.path, found.new), seconds) for found, seconds in outcomes]
+
+
+def _same_training(e: Experiment) -> str: return e.model_dump_json(exclude={'attacks', 'preset'})
 
 
 def _in_workers(compute: Callable[[Experiment], Run], experiments: list[Experiment], workers: int) -> Iterator:
     "The outcomes of `_try` in the order of the experiments, `workers` of them under way at a time. Raises `RunError`."
-    others = set(multiprocessing.active_children())
+    others, jobs = set(multiprocessing.active_children()), {}
+    for e in experiments: jobs.setdefault(_same_training(e), []).append(e)  # what shares a folder goes to one worker
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _end_with, (os.getpid(),))
-    outcomes = pool.map(partial(_try_record, compute), [e.model_dump_json() for e in experiments])
+    todo = {k: pool.submit(_try_records, compute, [e.model_dump_json() for e in es]) for k, es in jobs.items()}
     try:
-        for e, (found, seconds) in zip(experiments, outcomes):
+        for e in experiments:
+            found, seconds = todo[_same_training(e)].result().pop(0)
             yield (found if isinstance(found, DivergedError) else Run(found[0], e, found[1])), seconds
     except BrokenProcessPool:
         raise RunError('a worker process died, perhaps for lack of memory; start again, with fewer workers: what is '
@@ -99,6 +118,13 @@ def _in_workers(compute: Callable[[Experiment], Run], experiments: list[Experime
     finally:  # an interrupt ends the runs that are under way too
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in set(multiprocessing.active_children()) - others: worker.terminate()
+
+# %% ../nbs/5_run/04_sweep.ipynb #a1b2c3d4
+def _of_this_package(e: Experiment) -> bool:
+    "Whether a worker, which imports this package alone, knows all that the experiment names."
+    source = DATASETS[e.data.dataset].load if e.data.dataset in DATASETS else load_data
+    things = [DEFENSES[e.defense].cls, NETWORKS[e.model.arch].halves, source, *map(type, e.attacks)]
+    return all(getattr(t, 'func', t).__module__.startswith('cem_nb.') for t in things)
 
 # %% ../nbs/5_run/04_sweep.ipynb #9a0f0496
 def sweep(
@@ -115,16 +141,18 @@ def sweep(
 
     Raises `ValueError`, `DataError` or `RunError` before the first run if one of them cannot be computed."""
     points = experiments(base, rows, **axes)
+    todo, part, records, workers = [e for _, e in points], 'test' if test else 'val', [], whole(workers=workers)
+    if not test and not all(e.data.val_frac for e in todo): raise ValueError('val_frac is 0; give validation images to choose on')
     if compute is None:
-        compute = partial(run, device=pick_device(device))
-        for settings in {e.data for _, e in points}: data_on(settings, pick_device(device))
-    part, records = 'test' if test else 'val', []
-    if pick_device(device).type != 'cpu': workers = 1  # one process fills a GPU
-    todo = [e for _, e in points]
-    outcomes = _in_workers(compute, todo, workers) if whole(workers=workers) > 1 else (_try(compute, e) for e in todo)
-    for (varied, e), (found, seconds) in zip(points, outcomes):
-        records.append(_record(e, found, part))
-        print(_line(varied, e, records[-1], part, found, seconds), flush=True)
+        on = pick_device(device)
+        for e in todo: check_sizes(e, data_on(e.data, on)[0])
+        compute, workers = partial(run, device=on), workers if on.type == 'cpu' else 1  # one process fills a GPU
+    if not all(map(_of_this_package, todo)): workers = 1
+    names = _names_that_vary(points)
+    with closing(_in_workers(compute, todo, workers) if workers > 1 else (_try(compute, e) for e in todo)) as outcomes:
+        for (varied, e), (found, seconds) in zip(points, outcomes):
+            records.append(_record(e, found, part))
+            print(_line(names, varied, e, records[-1], part, found, seconds), flush=True)
     return pd.DataFrame(records)
 
 # %% ../nbs/5_run/04_sweep.ipynb #07987246

@@ -80,7 +80,7 @@ def build_cem(experiment: Experiment, model: SplitModel, data: ImageData) -> CEM
     "The regulariser of a run, for the noise that the model really has; None without CEM."
     if experiment.cem is None: return None
     settings = dict(experiment.cem)
-    cem = CEMS[settings.pop('variant')](noise_std=model.noise_std, n_classes=data.n_classes, n_epochs=experiment.training.epochs,
+    cem = CEMS[settings.pop('variant')](noise_std=model.noise_std, n_classes=data.n_classes, n_epochs=experiment.training.epochs - 1,
                                         seed=stage_seed(experiment.seed, 'cem') >> 16, **settings)
     return cem.to(data.train.x.device)
 

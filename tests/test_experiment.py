@@ -40,8 +40,21 @@ def test_cem_is_on_off_or_as_it_was():
     assert (base.row, with_cem.row) == ('Bottleneck', 'Bottleneck+CEM')
 
 
+def test_a_weight_of_zero_is_no_cem_and_cem_takes_two_epochs():
+    assert Experiment(cem=CEMSettings(lam=0.0)) == Experiment() and Experiment(cem=CEMSettings(lam=0.0)).row == 'Bottleneck'
+    with pytest.raises(ValueError, match='second epoch'): Experiment().replace(cem=True, epochs=1)
+
+
+def test_the_papers_preset_is_made_for_its_network_and_data():
+    e = preset('paper', arch='resnet20')
+    assert e.replace(arch='resnet20', lam=4.0).training.epochs == 120
+    for other in (dict(arch='vgg11'), dict(dataset='facescrub')):
+        with pytest.raises(ValueError, match="preset\\('paper'"): e.replace(**other)
+
+
 def test_another_defence_does_not_inherit_settings():
     e = Experiment(defense='DistCorr', params=dict(alpha=0.7))
+    assert e.replace(defense='DistCorr', cem=True).params['alpha'] == 0.7
     assert e.replace(defense='Dropout').params == DEFENSES['Dropout'].settings and e.replace(lr=0.1).params['alpha'] == 0.7
 
 

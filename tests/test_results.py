@@ -5,7 +5,7 @@ import pytest
 from cem_nb.core import results_dir
 from cem_nb.parameters import TableParameters
 from cem_nb.results import committed, read_result, save, stem, table_result
-from cem_nb.store import RunError
+from cem_nb.store import SCHEMA, RunError
 
 FRAME = pd.DataFrame(dict(defense=['Bottleneck', 'Bottleneck'], cem=[False, True], seed=[0, 0], acc_test=[50.0, float('nan')],
                           date=['2026-11-25']*2, hardware=['a CPU']*2, torch=['2.11.0']*2, seconds_train=[3.5, 4.25]))
@@ -21,7 +21,7 @@ def test_what_is_saved_is_read_back(tmp_path):
     fig = plt.figure()
     paths = save('table1', TableParameters(), FRAME, gains=fig)
     assert [p.name for p in paths] == ['table1_digits_quick.csv', 'table1_digits_quick_gains.png'] and paths[1].read_bytes()[:4] == b'\x89PNG'
-    pd.testing.assert_frame_equal(read_result(paths[0]), FRAME)
+    pd.testing.assert_frame_equal(read_result(paths[0]), FRAME.assign(schema=SCHEMA))
     assert not list(results_dir().glob('*.part'))
     plt.close(fig)
 
@@ -34,24 +34,27 @@ def test_a_result_is_whole_or_absent(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(pd.DataFrame, 'to_csv', full)
         with pytest.raises(RunError, match='free some space'): save('table1', TableParameters(), FRAME)
-    pd.testing.assert_frame_equal(read_result(results_dir()/'table1_digits_quick.csv'), FRAME)
+    pd.testing.assert_frame_equal(read_result(results_dir()/'table1_digits_quick.csv'), FRAME.assign(schema=SCHEMA))
 
 
 def test_what_was_committed_says_where_it_comes_from(monkeypatch, tmp_path, capsys):
     import cem_nb.results as results
     monkeypatch.setattr(results, 'committed_dir', lambda: tmp_path)
     assert committed('table1_x') is None and 'no result table1_x' in capsys.readouterr().out
-    FRAME.to_csv(tmp_path/'table1_x.csv', index=False)
-    pd.testing.assert_frame_equal(committed('table1_x'), FRAME)
+    frame = FRAME.assign(schema=SCHEMA)
+    frame.to_csv(tmp_path/'table1_x.csv', index=False)
+    pd.testing.assert_frame_equal(committed('table1_x'), frame)
     line = capsys.readouterr().out
     assert all(word in line for word in ('a CPU', '2.11', '2026-11-25', 'seeds 0', 'train 4 s'))
-    assert table_result('table1', TableParameters(dataset='committed'), 'table1_x').equals(FRAME)
+    assert table_result('table1', TableParameters(dataset='committed'), 'table1_x').equals(frame)
+    assert table_result('table1', TableParameters(dataset='committed', lam=4.0), 'table1_x') is None  # not what was asked
 
 
 def test_a_result_of_another_schema_is_not_shown(monkeypatch, tmp_path, capsys):
     import cem_nb.results as results
     monkeypatch.setattr(results, 'committed_dir', lambda: tmp_path)
-    FRAME.assign(schema=results.SCHEMA - 1).to_csv(tmp_path/'table1_x.csv', index=False)
-    assert committed('table1_x') is None and 'not shown' in capsys.readouterr().out
-    FRAME.assign(schema=results.SCHEMA).to_csv(tmp_path/'table1_x.csv', index=False)
+    for old in (FRAME, FRAME.assign(schema=SCHEMA - 1)):
+        old.to_csv(tmp_path/'table1_x.csv', index=False)
+        assert committed('table1_x') is None and 'not shown' in capsys.readouterr().out
+    FRAME.assign(schema=SCHEMA).to_csv(tmp_path/'table1_x.csv', index=False)
     assert committed('table1_x') is not None

@@ -71,6 +71,14 @@ def test_a_run_is_found_by_its_name():
     with pytest.raises(RunError, match="by 'gan'"): again.attack('gan')
 
 
+def test_a_run_that_was_attacked_twice_is_opened_with_the_attack_that_is_asked_for():
+    one(attacks=(DECODER, Oracle(n_images=20)))
+    r = one(decoder__width=4)
+    assert {a.name for a in open_run(r.path.name).experiment.attacks} == {'decoder', 'oracle'}
+    first = open_run(r.path.name, (DECODER,))
+    assert first.experiment.attacks == (DECODER,) and first.attack('decoder') != r.attack('decoder')
+
+
 def test_damaged_files_are_named():
     r = one()
     (r.path/'weights.safetensors').write_bytes(b'nothing')

@@ -33,6 +33,8 @@ def test_axes_are_multiplied_with_rows():
     assert [e.row for _, e in points[:3]] == ['Dropout', 'DistCorr+CEM', 'Dropout']
     for varied, e in points: assert (e.model.noise_std, e.seed) == (varied['noise_std'], varied['seed'])
     with pytest.raises(ValueError, match='noise'): experiments(TINY, nosie_std=[0.1])
+    with pytest.raises(ValueError, match='lam is an axis and in the rows'): experiments(TINY, [dict(lam=1.0)], lam=[2.0])
+    assert len(experiments(TINY, (dict(defense=d) for d in ('Dropout', 'DistCorr')), seed=range(2))) == 4
 
 
 def test_a_table_has_every_row_and_leads_back_to_its_source():
@@ -77,6 +79,8 @@ def test_what_cannot_be_computed_stops_before_the_first_run(monkeypatch):
     with pytest.raises(DataError): sweep(TINY, dataset=['digits', 'folder:/nowhere'])
     with pytest.raises(ValueError, match='cut'): sweep(TINY, cut=[2, 0])
     with pytest.raises(RunError, match='mps'): sweep(TINY, device='mps')
+    with pytest.raises(ValueError, match='validation'): sweep(TINY, test=False, val_frac=[0.0])
+    assert not list(runs_dir().glob('*.part'))
 
 
 SCRIPT = '''
@@ -121,9 +125,9 @@ def test_where_something_is_chosen_no_test_score_is_shown(capsys):
 
 @pytest.mark.slow
 def test_workers_give_what_one_process_gives(monkeypatch):
-    a = sweep(TINY, workers=2, seed=[0, 1], cem=[False, True])
+    a = sweep(TINY, workers=2, seed=[0, 1], cem=[False, True], decoder__width=[8, 4])  # two attacks on each training
     monkeypatch.setenv('CEM_RUNS', os.environ['CEM_RUNS'] + '2')
-    b = sweep(TINY, seed=[0, 1], cem=[False, True])
+    b = sweep(TINY, seed=[0, 1], cem=[False, True], decoder__width=[8, 4])
     pd.testing.assert_frame_equal(a.drop(columns=TIMES), b.drop(columns=TIMES), check_exact=True)
 
 
