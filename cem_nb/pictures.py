@@ -96,7 +96,7 @@ def _change_axis(ax: plt.Axes, metric: str, values: np.ndarray, single: bool):
     "Title, band and scale of a panel of changes."
     m = METRICS[metric]
     ax.axvline(0, color=COLORS['exact'], lw=0.8, zorder=0)
-    if single: ax.axvspan(-m.margin, m.margin, color=COLORS['without CEM'], alpha=0.2, lw=0, zorder=0)
+    if single: ax.axvspan(-m.margin, m.margin, color=COLORS['guide'], alpha=0.2, lw=0, zorder=0)
     ax.set(title='change by CEM', xlabel=f'{m.label}{", "*bool(m.unit)}{m.unit}')
     if m.unit == '%' and values.size and values.max() > 100:
         ax.set_xscale('function', functions=(lambda v: np.log1p(np.clip(v, -99, None)/100), lambda v: 100*np.expm1(v)))
@@ -110,7 +110,8 @@ def _changes(ax: plt.Axes, g: pd.DataFrame, column: str, defenses: list[str], sh
     by = {d: mean_interval(v) for d, v in g[g[column].notna()].groupby('defense')[column]}
     mean, half = np.array([by.get(d, (math.nan, math.nan)) for d in defenses]).T
     at = np.arange(len(defenses)) + shift
-    ax.errorbar(mean, at, xerr=np.nan_to_num(half), linestyle='none', **dict(ms=5) | style)
+    bars = np.nan_to_num(half) if np.isfinite(half).any() else None  # none of a single seed
+    ax.errorbar(mean, at, xerr=bars, linestyle='none', **dict(ms=5) | style)
 
 # %% ../nbs/5_run/10_pictures.ipynb #353097e2
 def _change_panel(ax: plt.Axes, frame: pd.DataFrame, table: int, columns: dict[str, Score]):
@@ -121,7 +122,7 @@ def _change_panel(ax: plt.Axes, frame: pd.DataFrame, table: int, columns: dict[s
     for i, (c, s) in enumerate(columns.items()):
         shift, style = 0.5*((i + 0.5)/len(columns) - 0.5), attack_style(s.attack)
         if c in paper:
-            theirs = style | dict(color=COLORS['paper'], mfc='none', ms=9, label='paper')
+            theirs = style | dict(color=COLORS['paper'], mfc='none', ms=9, label='paper (open marks)')
             _changes(ax, paper, c, defenses, shift, **theirs)
             seen.append(paper[c].to_numpy())
         _changes(ax, g, c, defenses, shift, **style, label=attack_label(s.attack))

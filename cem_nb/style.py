@@ -14,7 +14,7 @@ COLORS = {
     # rows of tables
     'without CEM': '0.6', 'with CEM': '#0072B2', 'paper': '#D55E00',
     # attacks and the truth
-    'decoder': '#E69F00', 'gan': '#CC79A7', 'oracle': '#009E73', 'exact': 'black', 'mean image': '0.6',
+    'decoder': '#E69F00', 'gan': '#CC79A7', 'oracle': '#009E73', 'exact': 'black', 'mean image': '0.6', 'guide': '0.6',
     # bounds; fisher and unbiased never stand beside pairwise and lower
     'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7', 'mc': '#E69F00',
     'fisher': '#56B4E9', 'unbiased': '#CC79A7', 'utility': '#009E73', 'diagonal': '#D55E00',

@@ -138,6 +138,16 @@ def test_psnr_that_is_off_by_more_than_a_twentieth():
     assert len(off) == 14 and off.count(5) == 11
 
 
+def test_what_stands_in_the_wrong_column_of_table_5():
+    "16.27 is the GAN's to the last digit; 14.40 is not the decoder's, and is Table 4's for the same row and attack."
+    row, errors = ({a: printed(t)['Noise_ARL', True, f'{m}_test_{a}'] for a in ('decoder', 'gan')}
+                   for t, m in ((5, 'psnr'), (8, 'mse')))
+    decoder, gan = (-10*math.log10(float(errors[a])) for a in ('decoder', 'gan'))
+    assert f'{gan:.2f}' == row['decoder'] and float(row['gan']) - decoder == pytest.approx(0.20, abs=0.005)
+    assert row['gan'] == printed(4)['Noise_ARL', True, 'psnr_test_gan']
+    assert erratum(5, 'Noise_ARL+CEM, GAN, PSNR').endswith('stands in Table 4 for the same row and attack')
+
+
 def test_the_other_errata():
     for here, there in ((2, 6), (6, 2)):
         says = erratum(here, 'Bottleneck+CEM, accuracy')

@@ -58,7 +58,7 @@ def test_the_picture_of_pairs(table):
             assert set(joined) == set(DEFENCES)
             for d, ends in joined.items(): assert np.allclose(ends, [value[False, d], value[True, d]])
         names = [t.get_text() for t in fig.legends[0].get_texts()]
-        assert set(names) == {'without CEM', 'with CEM'} | ({'decoder', 'GAN', 'paper'} if extra else set())
+        assert set(names) == {'without CEM', 'with CEM'} | ({'decoder', 'GAN', 'paper (open marks)'} if extra else set())
 
 
 @pytest.mark.parametrize('table', [1, 4, 8])
@@ -70,8 +70,9 @@ def test_the_picture_of_changes(table):
     for c in change.containers:
         line = c[0]
         attack = {'o': 'decoder', 's': 'gan'}[line.get_marker()]
-        who = 'paper' if c.get_label() == 'paper' else attack
+        who = 'paper' if c.get_label() == 'paper (open marks)' else attack
         assert to_hex(line.get_color()) == to_hex(COLORS[who])
+        assert c.has_xerr is False  # no bar of a single seed, nor through the open mark in the legend
         x = dict(zip(dict.fromkeys(frame.defense), line.get_xdata()))
         assert np.allclose([x[d] for d in DEFENCES], g.loc[DEFENCES, f'{key}_{attack}'])
     (low, high), values = change.get_xlim(), g[[f'{key}_gan', f'{key}_decoder']]
@@ -120,7 +121,7 @@ def change_panel(fig): return [ax for ax in fig.axes if ax.get_title() == 'chang
 def test_what_nobody_registered_has_a_mark_of_its_own():
     change = change_panel(plot_gains(made(1, ['Bottleneck', 'Mine'], attacks=('decoder', 'my_attack')), 1))
     assert 'D' in {line.get_marker() for line in change.lines}
-    assert {c.get_label() for c in change.containers} == {'decoder', 'my_attack', 'paper'}
+    assert {c.get_label() for c in change.containers} == {'decoder', 'my_attack', 'paper (open marks)'}
 
 
 def test_the_band_of_a_single_seed():
