@@ -20,7 +20,8 @@ def test_a_name_has_what_differs_from_the_defaults():
 def test_what_is_saved_is_read_back(tmp_path):
     fig = plt.figure()
     paths = save('table1', TableParameters(), FRAME, gains=fig)
-    assert [p.name for p in paths] == ['table1_digits_quick.csv', 'table1_digits_quick_gains.png'] and paths[1].read_bytes()[:4] == b'\x89PNG'
+    assert [p.name for p in paths] == ['table1_digits_quick.csv', 'table1_digits_quick_gains.png']
+    assert paths[1].read_bytes()[:4] == b'\x89PNG'
     pd.testing.assert_frame_equal(read_result(paths[0]), FRAME.assign(schema=SCHEMA))
     assert not list(results_dir().glob('*.part'))
     plt.close(fig)
