@@ -23,7 +23,7 @@ def test_more_noise_reaches_the_regulariser(digits, monkeypatch):
         seen.append(real(*args).noise_std)
         return real(*args)
     monkeypatch.setattr(tr, 'build_cem', spying)
-    train(TINY.replace(defense='Noise_Nopeek', params=dict(noise_factor=3.0), cem=True, epochs=1), digits)
+    train(TINY.replace(defense='Noise_Nopeek', params=dict(noise_factor=3.0), cem=True, epochs=2), digits)
     assert seen == [pytest.approx(0.075)]
 
 
