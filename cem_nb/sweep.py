@@ -73,7 +73,7 @@ def _line(names: list[str], varied: dict, e: Experiment, row: dict, part: str, f
     if isinstance(found, DivergedError): return f'{e.row:<18} {told}   diverged: {found}'
     mse = '  '.join(f'{a.label} MSE {row[f"mse_{part}_{a.name}"]:.4f}' for a in e.attacks)
     took = f'{seconds:.0f} s' if found.new else 'stored'
-    return f'{e.row:<18} {told}   {part} accuracy {row[f"acc_{part}"]:5.1f} %   {mse}   {took}'
+    return '   '.join(filter(None, (f'{e.row:<16}', told, f'{part} accuracy {row[f"acc_{part}"]:5.1f} %', mse, took)))
 
 # %% ../nbs/5_run/04_sweep.ipynb #28d4d527
 def _end_with(parent: int):
