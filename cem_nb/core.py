@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
-           'committed_dir', 'Record', 'record_of', 'Registry', 'register', 'number', 'whole', 'one_of',
-           'floating_tensor', 'finite_tensor', 'finite_array', 'result_dtype', 'cholesky', 'outside_autocast',
-           'full_precision', 'stage_seed', 'seeded', 'provenance']
+           'committed_dir', 'Record', 'record_of', 'Registry', 'definition', 'register', 'of_this_package',
+           'own_source', 'number', 'whole', 'one_of', 'floating_tensor', 'finite_tensor', 'finite_array',
+           'result_dtype', 'cholesky', 'outside_autocast', 'full_precision', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
-import hashlib, inspect, math, os, platform
+import hashlib, inspect, math, os, platform, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
@@ -104,17 +104,16 @@ class Registry(dict):
         return Annotated[str, AfterValidator(self.known)]
 
 # %% ../nbs/1_base/01_core.ipynb #dfbbff80
-def _origin(thing: Any) -> tuple[str, str]:
-    "Where a class or function was defined, also one in a partial or as the first entry of a tuple."
-    thing = getattr(thing, 'func', thing[0] if isinstance(thing, tuple) else thing)
-    if hasattr(thing, 'func'): return _origin(thing)
-    return thing.__module__, thing.__qualname__
+def definition(thing: Any) -> Callable:
+    "The class or function itself, also of one in a partial or as the first entry of a tuple."
+    if isinstance(thing, tuple): thing = thing[0]
+    return definition(thing.func) if hasattr(thing, 'func') else thing
 
 
-def _same_origin(a: Any, b: Any) -> bool:
-    "Whether both are one definition; a notebook that shows a module defines its things once more."
-    (m, p), (n, q) = _origin(a), _origin(b)
-    return p == q and (m == n or '__main__' in (m, n))
+def _same_definition(a: Any, b: Any) -> bool:
+    "A notebook that shows a module defines its things once more."
+    a, b = definition(a), definition(b)
+    return a.__qualname__ == b.__qualname__ and (a.__module__ == b.__module__ or '__main__' in (a.__module__, b.__module__))
 
 
 def register(
@@ -125,11 +124,35 @@ def register(
 
     Raises `ValueError` for a name that is taken by something else."""
     def add(thing):
-        if name in registry and not _same_origin(registry[name], thing):
+        if name in registry and not _same_definition(registry[name], thing):
             raise ValueError(f'there is a {registry.kind} {name!r} already; choose another name')
         registry[name] = thing
         return thing
     return add
+
+# %% ../nbs/1_base/01_core.ipynb #5f3a0c12
+def of_this_package(thing: Any) -> bool: return definition(thing).__module__.split('.')[0] == 'cem_nb'
+
+
+def _methods(cls: type) -> list[Callable]:
+    "Functions of a class and of its bases, without those of known packages."
+    known = 'cem_nb', 'torch', 'pydantic'
+    values = [v for c in cls.__mro__ if c.__module__.split('.')[0] not in known for v in vars(c).values()]
+    plain = [getattr(v, 'fget', getattr(v, '__func__', v)) for v in values]  # of a property or a static method
+    return [f for f in plain if inspect.isfunction(f)]
+
+# %% ../nbs/1_base/01_core.ipynb #5f3a0c13
+def own_source(thing: Any) -> str:
+    """The source of a class or function from outside this package and of its bases; '' for what lies in it.
+
+    What its methods call elsewhere is not seen. Where no source can be read, a warning says so."""
+    if of_this_package(thing): return ''
+    thing = definition(thing)
+    try: return ''.join(map(inspect.getsource, _methods(thing) if isinstance(thing, type) else [thing]))
+    except (OSError, TypeError):
+        warnings.warn(f'the source of {thing.__qualname__} cannot be read, so a change of it would go unnoticed; define it in '
+                      'a file or a notebook cell')
+        return thing.__qualname__
 
 # %% ../nbs/1_base/01_core.ipynb #02494884
 def number(

@@ -49,7 +49,7 @@ class Experiment(Record):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     defense: DEFENSES.Name = 'Bottleneck'
-    params: dict[str, float] = {}                   # of the defence; those it is registered with fill in the others
+    params: dict[str, float | bool | str] = {}      # of the defence; those it is registered with fill in the others
     cem: CEMSettings | None = None                  # None: without CEM
     training: TrainSettings = TrainSettings()
     attacks: tuple[AnyAttack, ...] = (DecoderAttack(),)

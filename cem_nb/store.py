@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .attack import Attack, best_of_restarts
-from .core import provenance, runs_dir, seeded
+from .cem import CEMS
+from .core import own_source, provenance, runs_dir, seeded
 from .data import ImageData, load_data, to_float
 from .experiment import DataSettings, Experiment
-from .models import SplitModel, feature_shape, n_params
+from .methods import DEFENSES
+from .models import NETWORKS, SplitModel, feature_shape, n_params
 from .training import accuracy, build, train
 
 # %% ../nbs/5_run/03_store.ipynb #e92fa56f
@@ -37,13 +39,19 @@ class RunError(RuntimeError):
 def _key(*parts) -> str: return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _sources(*things) -> list[str]: return [s for s in map(own_source, things) if s]
+
+
 def run_path(experiment: Experiment, fingerprint: str) -> Path:
     "The folder of a run on data with this fingerprint; attacks and the data's name have no part in it."
-    settings = experiment.model_dump(mode='json', exclude={'data', 'attacks', 'preset'})
-    return runs_dir()/f'{experiment.row}-s{experiment.seed}-{_key(settings, fingerprint)}'
+    e = experiment
+    settings = e.model_dump(mode='json', exclude={'data', 'attacks', 'preset'})
+    named = DEFENSES[e.defense].cls, NETWORKS[e.model.arch].halves, *([CEMS[e.cem.variant]] if e.cem else [])
+    return runs_dir()/f'{e.row}-s{e.seed}-{_key(settings, fingerprint, *_sources(*named))}'
 
 
-def attack_path(run: Path, attack: Attack) -> Path: return run/f'{attack.name}-{_key(attack.record())}'
+def attack_path(run: Path, attack: Attack) -> Path:
+    return run/f'{attack.name}-{_key(attack.record(), *_sources(type(attack)))}'
 
 # %% ../nbs/5_run/03_store.ipynb #4acfcee6
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .core import whole
+from .core import of_this_package, whole
 from .data import DATASETS, load_data
 from .experiment import Experiment
 from .methods import DEFENSES
@@ -46,16 +46,21 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
 
 
+def _seconds(result: dict) -> float:
+    "Of a training or an attack; NaN for one that was resumed, since only its last session was timed."
+    return math.nan if result['resumed'] else round(result['seconds'], 1)
+
+
 def measured(run: Run) -> dict[str, Any]:
     "Accuracies, scores, seconds and provenance of a finished run."
     r = run.result
     row = {f'acc_{part}': 100*v for part, v in r['accuracy'].items()}
-    row |= dict(images=r['images'], seconds_train=round(r['seconds'], 1))
+    row |= dict(images=r['images'], seconds_train=_seconds(r))
     row |= {f'{k}_last': r['curves'][-1][k] for k in ('l_d', 'l_c') if k in r['curves'][-1]}
     for attack in run.experiment.attacks:
         a = run.attack(attack.name)
         row |= {f'{metric}_{part}_{attack.name}': v for part, s in a['scores'].items() for metric, v in s.items()}
-        row[f'seconds_{attack.name}'] = round(a['seconds'], 1)
+        row[f'seconds_{attack.name}'] = _seconds(a)
     return row | dict(run=run.path.name, **{k: r[k] for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')})
 
 # %% ../nbs/5_run/04_sweep.ipynb #cdab2a9c
@@ -124,7 +129,7 @@ def _of_this_package(e: Experiment) -> bool:
     "Whether a worker, which imports this package alone, knows all that the experiment names."
     source = DATASETS[e.data.dataset].load if e.data.dataset in DATASETS else load_data
     things = [DEFENSES[e.defense].cls, NETWORKS[e.model.arch].halves, source, *map(type, e.attacks)]
-    return all(getattr(t, 'func', t).__module__.startswith('cem_nb.') for t in things)
+    return all(map(of_this_package, things))
 
 # %% ../nbs/5_run/04_sweep.ipynb #9a0f0496
 def sweep(

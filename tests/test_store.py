@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import runpy
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cem_nb.attack import AttackDivergedError, score_attack
 from cem_nb.core import runs_dir
 from cem_nb.data import load_data
 from cem_nb.decoder import DecoderAttack
+from cem_nb.defense import DEFENSES, Method
 from cem_nb.experiment import Experiment
 from cem_nb.gan import GAN
 from cem_nb.oracle import Oracle
@@ -150,3 +152,30 @@ def test_what_is_stored_says_what_it_is():
     assert config['experiment']['cem']['lam'] == r.experiment.cem.lam and config['experiment']['seed'] == 0
     assert {'hardware', 'python', 'torch', 'cem_nb', 'date', 'seconds', 'curves'} <= set(r.result)
     assert not list(runs_dir().glob('**/*.part')) and os.listdir(r.path/'..')
+
+
+def variant_of_a_defense(weight):
+    "A class as a reader's cell or file would define it; the two differ in one line of code."
+    source = f"""
+from cem_nb.defense import Defense
+class Mine(Defense):
+    def loss(self, x, y, z_hat, z, logits): return {weight}*z_hat.square().mean()
+"""
+    return source
+
+
+def test_code_of_ones_own_is_part_of_a_runs_name(tmp_path, monkeypatch):
+    fingerprint, paths = store.data_on(TINY.data, torch.device('cpu'))[1], []
+    for i, weight in enumerate((0.1, 0.1, 0.2)):
+        file = tmp_path/f'mine{i}.py'
+        file.write_text(variant_of_a_defense(weight))
+        monkeypatch.setitem(DEFENSES, 'Mine', Method(runpy.run_path(str(file))['Mine'], {}))
+        paths.append(run_path(TINY.replace(defense='Mine'), fingerprint))
+    assert paths[0] == paths[1] != paths[2]
+
+
+def test_code_that_cannot_be_read_is_warned_of(monkeypatch):
+    space = {}
+    exec(variant_of_a_defense(0.1), space)
+    monkeypatch.setitem(DEFENSES, 'Mine', Method(space['Mine'], {}))
+    with pytest.warns(UserWarning, match='would go unnoticed'): run_path(TINY.replace(defense='Mine'), 'f')
