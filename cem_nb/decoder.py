@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .attack import Attack, AttackDivergedError, evaluating, register_attack, some_images
+from .attack import Attack, AttackDivergedError, register_attack, some_images
 from .core import Count, NonNegative, Positive
 from .data import Split, batches
 from .loop import epochs
-from .models import Decoder, SplitModel, feature_shape
+from .models import Decoder, SplitModel, evaluating, feature_shape
 
 # %% ../nbs/4_attack/02_decoder.ipynb #f1b5131a
 def squared_error_step(
@@ -82,8 +82,7 @@ class DecoderAttack(Attack):
 
     def attacker(self, model: SplitModel, train: Split) -> Decoder:
         image = tuple(train.x.shape[1:])
-        with evaluating(model): feature = feature_shape(model, image)
-        net = Decoder(feature, image, self.width, self.blocks)
+        net = Decoder(feature_shape(model, image), image, self.width, self.blocks)
         return net.to(train.x.device, memory_format=torch.channels_last)
 
     def training(self, attacker: nn.Module, model: SplitModel, train: Split, seed: int) -> tuple[dict, Callable]:

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .attack import Attack, evaluating, register_attack, scored, some_images
+from .attack import Attack, register_attack, scored, some_images
 from .data import Split, batches, to_float
-from .models import SplitModel
+from .models import SplitModel, evaluating
 from .posterior import oracle_attack
 
 # %% ../nbs/4_attack/04_oracle.ipynb #1e2a795c

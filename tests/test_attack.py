@@ -9,11 +9,11 @@ from scipy.ndimage import correlate1d
 from torch import nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from cem_nb.attack import (ATTACKS, METRICS, Attack, AttackDivergedError, attack_from, best_of_restarts, evaluating,
-                           reconstruct, register_attack, score_attack, scored, ssim_zero, train_attack)
+from cem_nb.attack import (ATTACKS, Attack, AttackDivergedError, attack_from, best_of_restarts, reconstruct,
+                           register_attack, score_attack, scored, ssim_zero, train_attack)
 from cem_nb.core import stage_seed
 from cem_nb.data import Split, load_data, to_float
-from cem_nb.models import split_model
+from cem_nb.models import evaluating, split_model
 
 
 class Constant(nn.Module):
@@ -89,7 +89,7 @@ def test_scores_against_the_definition():
     s = score_attack(victim(0.0), Constant(torch.full((1, 16, 16), 0.25)), split, batch_size=7)
     x = to_float(split.x).double()
     want = (x - 0.25).square().mean().item()
-    assert list(s) == list(METRICS) and s['mse'] == pytest.approx(want, rel=1e-6)
+    assert list(s) == list(Attack.metrics) and s['mse'] == pytest.approx(want, rel=1e-6)
     assert s['psnr'] == pytest.approx(-10*math.log10(want), abs=1e-4)
     grey = torch.full_like(x, 0.25)
     want = np.mean([numpy_ssim(a, b) for a, b in zip(grey.numpy(), x.numpy())])

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import cem_nb.decoder, cem_nb.gan, cem_nb.oracle  # each registers its attack
-from cem_nb.attack import (ATTACKS, Attack, attack_from, best_of_restarts, evaluating, reconstruct, register_attack,
+from cem_nb.attack import (ATTACKS, Attack, attack_from, best_of_restarts, reconstruct, register_attack,
                            train_attack)
 from cem_nb.core import seeded
 from cem_nb.data import Split, load_data, to_float
-from cem_nb.models import feature_shape, split_model
+from cem_nb.models import evaluating, feature_shape, split_model
 from cem_nb.oracle import Oracle
 
 QUICK = {'decoder': dict(width=8, blocks=0, n_epochs=3, batch_size=64), 'oracle': dict(n_images=40),
