@@ -41,7 +41,7 @@ class Split:
 # %% ../nbs/1_base/04_data.ipynb #47bb0ccc
 @dataclass(frozen=True)
 class Augment:
-    "Random geometry for training images (Section 5.1, after Li et al. 2022, ResSFL): shift, mirror, rotate."
+    "Random geometry for training images, as in the authors' release: shift, mirror, rotate."
     pad: int = 0          # shift by up to this many pixels a side, the border filled with 0
     flip: bool = False    # mirror left-right with probability 1/2
     degrees: float = 0.0  # rotate by up to this many degrees either way

@@ -30,7 +30,7 @@ CEMSettings = record_of(CEM, leave_out=('noise_std', 'n_classes', 'n_epochs', 's
 
 # %% ../nbs/5_run/01_experiment.ipynb #a941da48
 class TrainSettings(Record):
-    "The optimiser, stochastic gradient descent. The defaults are the paper's for CIFAR-10 (Section 5.1)."
+    "Stochastic gradient descent. The rate and the epochs are the paper's for CIFAR-10 (Section 5.1), the rest its release's."
     epochs: Count = 240
     batch_size: Annotated[int, Field(ge=2)] = 128
     lr: Positive = 0.05

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+import cem_nb.experiment  # registers the attacks
 from .attack import ATTACKS
 from .paper import PAPER, as_runs, paper_runs, paper_text
 from .stats import (METRICS, Score, Tally, attacks_in, averages, counting_rule, gains, mean_interval, paired,
@@ -84,11 +85,11 @@ def _cell(values: pd.Series, lost: int, digits: int, sign: str = '') -> str:
 def lost_scores(
     frame: pd.DataFrame,  # of runs
 ) -> pd.DataFrame:        # bool; acc_test and the scores
-    "Where a run or an attack diverged: a score that is nan, unless the attack does not apply and so took no seconds."
+    "Where a run or an attack diverged: a score that is nan, unless the attack was not run on that row."
     columns = score_columns(frame)
     lost = frame[['acc_test', *columns]].isna()
     for c, s in columns.items():
-        if (took := f'seconds_{s.attack}') in frame: lost[c] &= frame.acc_test.isna() | frame[took].notna()
+        if (ran := f'finished_{s.attack}') in frame: lost[c] &= frame.acc_test.isna() | frame[ran].notna()
     return lost
 
 # %% ../nbs/5_run/09_show.ipynb #acbe0aae

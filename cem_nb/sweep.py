@@ -60,7 +60,7 @@ def measured(run: Run) -> dict[str, Any]:
     for attack in run.experiment.attacks:
         a = run.attack(attack.name)
         row |= {f'{metric}_{part}_{attack.name}': v for part, s in a['scores'].items() for metric, v in s.items()}
-        row[f'seconds_{attack.name}'] = _seconds(a)
+        row |= {f'seconds_{attack.name}': _seconds(a), f'finished_{attack.name}': a['finished']}
     return row | dict(run=run.path.name, **{k: r[k] for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')})
 
 # %% ../nbs/5_run/04_sweep.ipynb #cdab2a9c

@@ -43,7 +43,7 @@ def made(n_seeds=2, defenses=('Bottleneck', 'Dropout'), attacks=('decoder', 'gan
                 rows.append(dict(defense=d, cem=cem, seed=seed, preset='quick', dataset='digits', image_size=np.nan,
                                  arch='vgg11', width=0.25, noise_std=0.025, lam=16.0*cem, variant='diag' if cem else None,
                                  acc_test=90 - 0.5*cem) | scores | {f'seconds_{a}': 8.0 for a in attacks}
-                            | dict(seconds_train=10.0, run=f'{d}-{cem}-{seed}', schema=3, hardware='1 CPU thread, a CPU',
+                            | {f'finished_{a}': True for a in attacks} | dict(seconds_train=10.0, run=f'{d}-{cem}-{seed}', schema=3, hardware='1 CPU thread, a CPU',
                                    python='3.11', torch='2.15', cem_nb='0.1', date='2026-01-01'))
     return pd.DataFrame(rows)
 

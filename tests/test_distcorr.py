@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from precision import AMBIENT, precision_around, value_and_slope
 from scipy.spatial.distance import cdist
 
 from cem_nb.core import full_precision
@@ -94,27 +95,13 @@ def test_constant_features_have_no_correlation_and_no_gradient(value):
 
 
 @pytest.mark.parametrize('shape', [(512,), (8, 8, 8)])
-@pytest.mark.parametrize('ambient', ['autocast bfloat16', 'autocast float16', 'default bfloat16', 'default float64'])
+@pytest.mark.parametrize('ambient', AMBIENT)
 def test_values_and_gradients_do_not_depend_on_the_ambient_precision(ambient, shape):
     g = torch.Generator().manual_seed(0)
     x, noise = torch.rand(64, 3, 8, 8, generator=g), torch.randn(64, *shape, generator=g)
     z = 0.5 + 1e-3*noise  # tight clusters, as a trained encoder has them
-
-    def value_and_gradient():
-        at = z.clone().requires_grad_()
-        d = distance_correlation(x, at)
-        return d.detach(), torch.autograd.grad(d, at)[0]
-
-    want, slope = value_and_gradient()
-    kind, dtype = ambient.split()
-    dtype = getattr(torch, dtype)
-    if kind == 'autocast':
-        with torch.autocast('cpu', dtype=dtype): got, got_slope = value_and_gradient()
-    else:
-        try:
-            torch.set_default_dtype(dtype)
-            got, got_slope = value_and_gradient()
-        finally: torch.set_default_dtype(torch.float32)
+    want, slope = value_and_slope(lambda at: distance_correlation(x, at), z)
+    with precision_around(ambient): got, got_slope = value_and_slope(lambda at: distance_correlation(x, at), z)
     assert torch.equal(got, want) and torch.equal(got_slope, slope)
 
 

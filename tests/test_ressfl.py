@@ -2,77 +2,12 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from cem_nb.core import seeded
 from cem_nb.data import load_data
-from cem_nb.ressfl import ResSFL, gaussian_blur_matrix, ssim
-
-
-@settings(deadline=None, max_examples=20, derandomize=True)
-@given(h=st.integers(6, 40), w=st.integers(6, 40), c=st.sampled_from([1, 3]), noise=st.floats(0, 1),
-       seed=st.integers(0, 10**6))
-def test_ssim_against_torchmetrics(h, w, c, noise, seed):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.rand(3, c, h, w, generator=g)
-    y = (x + noise*torch.randn(x.shape, generator=g)).clamp(0, 1).requires_grad_()
-    theirs = structural_similarity_index_measure(y, x, data_range=1.0)
-    assert ssim(y, x).item() == pytest.approx(theirs.item(), abs=2e-5)
-    if 0.01 < noise:  # at noise 0 both gradients are rounding errors
-        ours = torch.autograd.grad(ssim(y, x), y)[0]
-        assert torch.allclose(ours, torch.autograd.grad(theirs, y)[0], rtol=1e-2, atol=1e-5)
-
-
-def test_ssim_limits():
-    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    assert ssim(x, x) == pytest.approx(1) and ssim(x, 1 - x) < 0
-    y = torch.rand(1, 1, 7, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: ssim(y, x[:1, :1, :7, :6]), y)
-    for bad in (x[:1], x[..., :5]):
-        with pytest.raises(ValueError): ssim(bad, x if bad.shape[-1] == 16 else bad)
-
-
-@pytest.mark.parametrize('ambient', ['autocast bfloat16', 'autocast float16', 'default bfloat16', 'default float64'])
-def test_ssim_and_its_gradient_do_not_depend_on_the_ambient_precision(ambient):
-    "Bright smooth images: all digits of their variances are in the last bits."
-    x = torch.full((4, 3, 32, 32), 0.8)
-    y = x + 0.002*torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-
-    def value_and_gradient():
-        at = y.clone().requires_grad_()
-        s = ssim(at, x)
-        return s.detach(), torch.autograd.grad(s, at)[0]
-
-    want, slope = value_and_gradient()
-    kind, dtype = ambient.split()
-    dtype = getattr(torch, dtype)
-    if kind == 'autocast':
-        with torch.autocast('cpu', dtype=dtype): got, got_slope = value_and_gradient()
-    else:
-        try:
-            torch.set_default_dtype(dtype)
-            gaussian_blur_matrix.cache_clear()
-            got, got_slope = value_and_gradient()
-        finally: torch.set_default_dtype(torch.float32)
-    assert torch.equal(got, want) and torch.equal(got_slope, slope) and want <= 1
-
-
-def test_ssim_widens_half_precision_refuses_bytes_and_lets_nan_through():
-    x = torch.rand(2, 3, 16, 16)
-    assert ssim(x.half(), x.half()).dtype == torch.float32
-    with pytest.raises(TypeError, match='uint8'): ssim((255*x).byte(), (255*x).byte())
-    assert ssim(x, x.where(x != x[0, 0, 0, 0], torch.nan)).isnan()
-
-
-def test_the_blur_is_made_once_and_serves_training_wherever_it_was_made():
-    gaussian_blur_matrix.cache_clear()
-    x = torch.rand(2, 1, 12, 12)
-    with torch.inference_mode(): ssim(x, x)
-    with torch.device('meta'): ssim(x, x)
-    y = torch.rand(2, 1, 12, 12, requires_grad=True)
-    ssim(y, x).backward()
-    assert y.grad.isfinite().all() and gaussian_blur_matrix.cache_info().misses == 1
+from cem_nb.ressfl import ResSFL
+from cem_nb.ssim import ssim
 
 
 def test_images_that_are_too_small_are_refused_before_training():
