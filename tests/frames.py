@@ -42,8 +42,8 @@ def made(n_seeds=2, defenses=('Bottleneck', 'Dropout'), attacks=('decoder', 'gan
                 scores = {'_'.join(k): change.get(k[0], lambda v: v - 0.1*cem)(v) for k, v in base.items()}
                 rows.append(dict(defense=d, cem=cem, seed=seed, preset='quick', dataset='digits', image_size=np.nan,
                                  arch='vgg11', width=0.25, noise_std=0.025, lam=16.0*cem, variant='diag' if cem else None,
-                                 acc_test=90 - 0.5*cem) | scores | {f'seconds_{a}': 8.0 for a in attacks}
-                            | {f'finished_{a}': True for a in attacks} | dict(seconds_train=10.0, run=f'{d}-{cem}-{seed}', schema=3, hardware='1 CPU thread, a CPU',
+                                 acc_test=90 - 0.5*cem) | scores | {f'finished_{a}': True for a in attacks}
+                            | dict(run=f'{d}-{cem}-{seed}', schema=3, hardware='1 CPU thread, a CPU',
                                    python='3.11', torch='2.15', cem_nb='0.1', date='2026-01-01'))
     return pd.DataFrame(rows)
 
@@ -52,5 +52,5 @@ def diverge(frame, defense, cem, seeds=(0,), attack=None):
     "The frame with lost runs, of which nothing is known but that they were tried; or with one lost attack."
     lost = (frame.defense == defense) & (frame.cem == cem) & frame.seed.isin(seeds)
     scores = [c for c in frame if c.startswith(('mse', 'ssim', 'psnr')) and (attack is None or c.endswith(f'_{attack}'))]
-    if attack is None: scores += ['acc_test', *(c for c in frame if c.startswith('seconds'))]
+    if attack is None: scores += ['acc_test', *(c for c in frame if c.startswith('finished'))]
     return frame.assign(**{c: frame[c].where(~lost) for c in scores})
