@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from cem_nb.parameters import changed
 from cem_nb.store import SCHEMA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,21 @@ def test_contributing_shows_the_example():
 def test_tables_have_their_parameters_tag():
     for path in NOTEBOOKS:
         if 'table' in path.stem: assert sum('parameters' in c['metadata'].get('tags', []) for c in cells(path)) == 1
+
+
+ASKED = [p for p in NOTEBOOKS if any('read_parameters(globals()' in s for s in sources(p)) and p.parent.name == 'nbs']
+
+
+@pytest.mark.parametrize('path', ASKED, ids=lambda p: p.stem)
+def test_the_defaults_of_a_notebook_are_those_of_its_record(path, monkeypatch):
+    "Those of Tables 2 to 8 but for what makes them other tables."
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    code = sources(path)
+    last = next(i for i, s in enumerate(code) if 'read_parameters(globals()' in s)
+    space = {}
+    for s in code[:last + 1]: exec('\n'.join(line for line in s.splitlines() if not line.startswith('plot_')), space)
+    other = {'dataset', 'preset', 'arch', 'workers'} if re.search('_table[2-8]$', path.stem) else set()
+    assert set(changed(space['p'])) <= other
 
 
 def requirement(line):
