@@ -28,7 +28,7 @@ def stem(
     p: Record,   # its parameters, with at least `dataset` and `preset`
 ) -> str:
     "The name of a result's files, without their ending."
-    words = lambda v: '-'.join(f'{w:g}' if isinstance(w, float) else str(w) for w in (v if isinstance(v, tuple) else (v,)))
+    words = lambda v: '-'.join(f'{w:g}' if isinstance(w, float) else str(w) for w in (v if isinstance(v, tuple) else (v,))) or 'none'
     others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device', 'workers')).items()]
     return '_'.join([name, *([] if p.dataset == 'committed' else [data_label(p.dataset), p.preset]), *others])
 
