@@ -8,7 +8,6 @@ __all__ = ['macs', 'Timing', 'time_inference', 'Work', 'cost_table', 'paper_cost
 # %% ../nbs/5_run/11_cost.ipynb #b1bfb6f7
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -20,20 +19,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import finite_tensor, provenance, seeded, whole
-from .models import SplitModel, n_params
+from .models import SplitModel, evaluating, n_params
 from .paper import paper_csv
 from .style import COLORS
-
-# %% ../nbs/5_run/11_cost.ipynb #b019f68f
-@contextmanager
-def _inference(*modules: nn.Module):
-    "Eval mode without gradients; afterwards every submodule is back in its own mode, frozen batch norms included."
-    was = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for module in modules: module.eval()
-        with torch.no_grad(): yield
-    finally:
-        for m, training in was: m.training = training
 
 # %% ../nbs/5_run/11_cost.ipynb #3f0cdcb6
 def _input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -51,7 +39,7 @@ def macs(
 
     Raises `ValueError` if the network cannot take such an input."""
     shape = _input_shape(input_shape)
-    with _inference(module), FlopCounterMode(display=False) as counter:
+    with evaluating(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
         like = next(module.parameters(), torch.empty(0))
         try: module(like.new_zeros(1, *shape))
         except RuntimeError as e:
@@ -120,7 +108,7 @@ def time_inference(
     for p in module.parameters():
         if p.device != x.device: raise ValueError(f'x is on {x.device}, the network on {p.device}; move one of them')
     finite_tensor(x, 'x')
-    with _inference(module): return _timing(_seconds([partial(module, x)], x.device, warmup, repeats)[:, 0])
+    with evaluating(module), torch.no_grad(): return _timing(_seconds([partial(module, x)], x.device, warmup, repeats)[:, 0])
 
 # %% ../nbs/5_run/11_cost.ipynb #02ff4657
 def _common_place(models: dict[str, SplitModel]) -> tuple[torch.device, torch.dtype]:
@@ -181,7 +169,7 @@ def cost_table(
     provenance.
     Raises `ValueError` for networks that cannot be compared, or an image that they cannot take."""
     (device, dtype), size = _common_place(models), whole(batch_size=batch_size)
-    with _inference(*models.values()), seeded(0, 'cost', device=device):
+    with evaluating(*models.values()), torch.no_grad(), seeded(0, 'cost', device=device):
         x = torch.rand(size, *_input_shape(image_shape), device=device, dtype=dtype)
         sides = [_two_sides(m, x) for m in models.values()]
         seconds = _seconds([call for _, calls in sides for call in calls], device, warmup, repeats)

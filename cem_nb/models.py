@@ -172,8 +172,9 @@ def n_params(module: nn.Module) -> int:
 def evaluating(*modules: nn.Module):
     "Put the modules in eval mode; afterwards every layer is in the mode in which it was."
     was = [(layer, layer.training) for m in modules for layer in m.modules()]
-    for m in modules: m.eval()
-    try: yield
+    try:
+        for m in modules: m.eval()
+        yield
     finally:
         for layer, training in was: layer.training = training
 

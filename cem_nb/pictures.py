@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-import cem_nb.experiment  # registers the attacks
 from .attack import ATTACKS
 from .paper import PAPER, paper_runs
 from .show import attack_label, lost_scores, rows_of, shown_columns
