@@ -134,21 +134,23 @@ def register(
 def of_this_package(thing: Any) -> bool: return definition(thing).__module__.split('.')[0] == 'cem_nb'
 
 
-def _methods(cls: type) -> list[Callable]:
-    "Functions of a class and of its bases, without those of known packages."
-    known = 'cem_nb', 'torch', 'pydantic'
-    values = [v for c in cls.__mro__ if c.__module__.split('.')[0] not in known for v in vars(c).values()]
-    plain = [getattr(v, 'fget', getattr(v, '__func__', v)) for v in values]  # of a property or a static method
-    return [f for f in plain if inspect.isfunction(f)]
+def _said_in(cls: type) -> list[str]:
+    "What a class and its bases say, without those of known packages: the source of their functions, and plain values."
+    known, said = ('cem_nb', 'torch', 'pydantic'), []
+    for name, v in [item for c in cls.__mro__ if c.__module__.split('.')[0] not in known for item in vars(c).items()]:
+        v = getattr(v, 'fget', getattr(v, '__func__', v))  # of a property or a static method
+        if inspect.isfunction(v): said.append(inspect.getsource(v))
+        elif isinstance(v, (bool, int, float, str, tuple)) and not name.startswith('__'): said.append(f'{name} = {v!r}\n')
+    return said
 
 # %% ../nbs/1_base/01_core.ipynb #5f3a0c13
 def own_source(thing: Any) -> str:
     """The source of a class or function from outside this package and of its bases; '' for what lies in it.
 
     What its methods call elsewhere is not seen. Where no source can be read, a warning says so."""
-    if of_this_package(thing): return ''
     thing = definition(thing)
-    try: return ''.join(map(inspect.getsource, _methods(thing) if isinstance(thing, type) else [thing]))
+    if of_this_package(thing): return ''
+    try: return ''.join(_said_in(thing)) if isinstance(thing, type) else inspect.getsource(thing)
     except (OSError, TypeError):
         warnings.warn(f'the source of {thing.__qualname__} cannot be read, so a change of it would go unnoticed; define it in '
                       'a file or a notebook cell')

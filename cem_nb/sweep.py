@@ -21,9 +21,7 @@ import torch
 from .core import of_this_package, whole
 from .data import DATASETS, load_data
 from .experiment import Experiment
-from .methods import DEFENSES
-from .models import NETWORKS
-from .store import SCHEMA, Run, RunError, check_sizes, data_on, pick_device, run
+from .store import SCHEMA, Run, RunError, check_sizes, data_on, pick_device, registered, run
 from .training import DivergedError
 
 # %% ../nbs/5_run/04_sweep.ipynb #134c755a
@@ -128,8 +126,7 @@ def _in_workers(compute: Callable[[Experiment], Run], experiments: list[Experime
 def _of_this_package(e: Experiment) -> bool:
     "Whether a worker, which imports this package alone, knows all that the experiment names."
     source = DATASETS[e.data.dataset].load if e.data.dataset in DATASETS else load_data
-    things = [DEFENSES[e.defense].cls, NETWORKS[e.model.arch].halves, source, *map(type, e.attacks)]
-    return all(map(of_this_package, things))
+    return all(map(of_this_package, [*registered(e), source, *map(type, e.attacks)]))
 
 # %% ../nbs/5_run/04_sweep.ipynb #9a0f0496
 def sweep(

@@ -154,28 +154,26 @@ def test_what_is_stored_says_what_it_is():
     assert not list(runs_dir().glob('**/*.part')) and os.listdir(r.path/'..')
 
 
-def variant_of_a_defense(weight):
-    "A class as a reader's cell or file would define it; the two differ in one line of code."
-    source = f"""
+MINE = """
 from cem_nb.defense import Defense
 class Mine(Defense):
-    def loss(self, x, y, z_hat, z, logits): return {weight}*z_hat.square().mean()
+    {0}
+    def loss(self, x, y, z_hat, z, logits): return {1}*z_hat.square().mean()
 """
-    return source
 
 
 def test_code_of_ones_own_is_part_of_a_runs_name(tmp_path, monkeypatch):
     fingerprint, paths = store.data_on(TINY.data, torch.device('cpu'))[1], []
-    for i, weight in enumerate((0.1, 0.1, 0.2)):
+    for i, (attribute, weight) in enumerate([('a = 1', 0.1), ('a = 1', 0.1), ('a = 1', 0.2), ('a = 2', 0.1)]):
         file = tmp_path/f'mine{i}.py'
-        file.write_text(variant_of_a_defense(weight))
+        file.write_text(MINE.format(attribute, weight))
         monkeypatch.setitem(DEFENSES, 'Mine', Method(runpy.run_path(str(file))['Mine'], {}))
         paths.append(run_path(TINY.replace(defense='Mine'), fingerprint))
-    assert paths[0] == paths[1] != paths[2]
+    assert paths[0] == paths[1] and len(set(paths)) == 3
 
 
 def test_code_that_cannot_be_read_is_warned_of(monkeypatch):
     space = {}
-    exec(variant_of_a_defense(0.1), space)
+    exec(MINE.format('a = 1', 0.1), space)
     monkeypatch.setitem(DEFENSES, 'Mine', Method(space['Mine'], {}))
     with pytest.warns(UserWarning, match='would go unnoticed'): run_path(TINY.replace(defense='Mine'), 'f')

@@ -11,6 +11,7 @@ import pytest
 
 import cem_nb.store as store
 import cem_nb.sweep
+from cem_nb.cem import CEM, CEMS
 from cem_nb.core import runs_dir
 from cem_nb.data import DataError
 from cem_nb.decoder import DecoderAttack
@@ -129,6 +130,14 @@ def test_workers_give_what_one_process_gives(monkeypatch):
     monkeypatch.setenv('CEM_RUNS', os.environ['CEM_RUNS'] + '2')
     b = sweep(TINY, seed=[0, 1], cem=[False, True], decoder__width=[8, 4])
     pd.testing.assert_frame_equal(a.drop(columns=TIMES), b.drop(columns=TIMES), check_exact=True)
+
+
+def test_what_a_worker_cannot_import_is_run_here(monkeypatch):
+    "A worker would not know a variant of CEM that is registered outside the package."
+    class Mine(CEM): pass
+    monkeypatch.setitem(CEMS, 'mine', Mine)
+    monkeypatch.setattr(cem_nb.sweep, '_in_workers', None)  # would be a TypeError
+    assert sweep(TINY, [dict(lam=16.0, variant='mine')], workers=2, seed=[0, 1]).acc_test.notna().all()
 
 
 def dying(e): os.kill(os.getpid(), signal.SIGKILL)
