@@ -1,0 +1,72 @@
+"On a GPU: every row of Table 1 trains, is attacked and is stored there, repeats to the last digit, and agrees with the CPU."
+import pytest
+import torch
+
+from cem_nb.attack import ATTACKS, attack_from
+from cem_nb.cem import CEM
+from cem_nb.experiment import preset
+from cem_nb.oracle import Oracle
+from cem_nb.parameters import TableParameters, table_rows
+from cem_nb.store import run
+from cem_nb.sweep import sweep
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+CUDA = torch.device('cuda', 0)
+TINY = dict(n_train=300, epochs=2, width=0.125, decoder__n_epochs=1, gan__n_epochs=1)
+
+
+def tiny(**settings): return preset('quick', **TINY | settings)
+
+
+@pytest.mark.parametrize('row', table_rows(TableParameters()), ids=lambda r: r['defense'] + '+CEM'*('lam' in r))
+def test_every_row(row, tmp_path, monkeypatch):
+    first = sweep(tiny(), [row], device='cuda')
+    assert first.filter(regex='acc_|mse_').notna().all(axis=None) and first.hardware[0] == torch.cuda.get_device_name()
+    monkeypatch.setenv('CEM_RUNS', str(tmp_path/'again'))
+    again = sweep(tiny(), [row], device='cuda')
+    measured = [c for c in first if c.startswith(('acc_', 'mse_', 'ssim_', 'psnr_', 'l_'))]
+    assert measured and (first[measured] == again[measured]).all(axis=None)
+
+
+def test_resumed(tmp_path, monkeypatch):
+    e = tiny(lam=16.0, epochs=3)
+    whole = run(e, CUDA)
+    monkeypatch.setenv('CEM_RUNS', str(tmp_path/'again'))
+    from cem_nb import training
+    honest, seen = training.train_epoch, []
+    def cut(*args):
+        if args[-1] == 2 and not seen: seen.append(1); raise KeyboardInterrupt
+        return honest(*args)
+    monkeypatch.setattr(training, 'train_epoch', cut)
+    with pytest.raises(KeyboardInterrupt): run(e, CUDA)
+    resumed = run(e, CUDA)
+    assert seen and resumed.result['resumed'] and not whole.result['resumed']
+    assert resumed.result['accuracy'] == whole.result['accuracy'] and resumed.attack('decoder')['scores'] == whole.attack('decoder')['scores']
+
+
+@pytest.mark.parametrize('name', ATTACKS)
+def test_scored_as_on_the_cpu(name):
+    "The same weights and images, and noise of the same law: scores agree within its spread."
+    attack = attack_from(dict(name=name) | (dict(width=16, blocks=1, n_epochs=1) if ATTACKS[name].trained else {}))
+    found = run(preset('quick', (attack,), **{k: v for k, v in TINY.items() if '__' not in k}), CUDA)
+    from cem_nb.store import data_on
+    data, _ = data_on(found.experiment.data, torch.device('cpu'))
+    model = found.model('cpu')
+    cpu = attack.score(found.attacker(name, model), model, data.test, seed=0)
+    gpu = found.attack(name)['scores']['test']
+    assert cpu['mse'] == pytest.approx(gpu['mse'], rel=0.02) and cpu['ssim'] == pytest.approx(gpu['ssim'], abs=0.02)
+
+
+def test_regulariser():
+    "L_C, its gradient and the mixture on the GPU are those of the CPU."
+    torch.manual_seed(0)
+    z, y = torch.randn(512, 8, 4, 4), torch.arange(512) % 4
+    found = []
+    for device in ('cpu', 'cuda'):
+        cem = CEM(noise_std=0.1, n_classes=4, n_epochs=5).to(device)
+        x = z.to(device).clone().requires_grad_()
+        cem.fit_encoder(lambda t: t, [(x.detach(), y.to(device))])
+        cem(x, y.to(device)).backward()
+        found.append((cem.l_c.cpu(), x.grad.cpu()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0.05, atol=0.05)
+    assert torch.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), 0) > 0.95
