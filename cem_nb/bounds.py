@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .core import cholesky, finite_tensor, number, one_of, result_dtype
+from .core import cholesky, finite_tensor, number, one_of, result_dtype, whole
 from .kmeans import blocks, draw
 from .mixture import checked_mixture, colour, component_log_prob, logdet
 
@@ -22,15 +22,18 @@ from .mixture import checked_mixture, colour, component_log_prob, logdet
 def add_noise(
     covariances: Tensor,  # covariances Sigma_i of the noise-free feature: [k], [k, m] or [k, m, m], singular ones too
     noise_std: float,     # standard deviation of the noise, >= 0
-) -> Tensor:              # Sigma_i + Sigma_p in the same form, Sigma_p = noise_std^2 I
+) -> Tensor:              # Sigma_i + Sigma_p in the same form and float64, Sigma_p = noise_std^2 I
     """The components of the smashed feature z = z_hat + N(0, noise_std^2 I) (Theorem 2).
 
-    Raises ValueError for a noise_std or a variance that is negative or not finite."""
-    full = finite_tensor(covariances, 'covariances', (1, 2, 3)).ndim == 3
-    if ((covariances.diagonal(dim1=1, dim2=2) if full else covariances) < 0).any():
-        raise ValueError('a variance is negative')
-    noise = number(noise_std=noise_std)**2
-    return covariances + (noise*torch.eye(covariances.shape[-1]).to(covariances) if full else noise)
+    Raises ValueError for a noise_std or a variance that is negative or not finite, and for a covariance that exceeds
+    the variances beside it."""
+    s = finite_tensor(covariances, 'covariances', (1, 2, 3)).double()  # a little noise is lost beside a float32 variance
+    v, noise = s.diagonal(dim1=1, dim2=2) if s.ndim == 3 else s, number(noise_std=noise_std)**2
+    if (v < 0).any(): raise ValueError('a variance is negative')
+    if s.ndim < 3: return s + noise
+    if (s.square() > 1.001*v[:, :, None]*v[:, None] + 1e-6*v.max()**2).any():
+        raise ValueError('a covariance s_ij exceeds sqrt(s_ii s_jj), so its matrix is no covariance')
+    return s + noise*torch.eye(s.shape[-1]).to(s)
 
 # %% ../nbs/2_theory/06_bounds.ipynb #d4d30012
 def component_entropy(
@@ -134,7 +137,7 @@ def cluster_posterior(
 def _posteriors_of_draws(w, mu, s, n_samples, generator):
     "Posteriors [k, n, k] at n = n_samples/k draws from each component."
     k, m = mu.shape
-    n = max(2, math.ceil(n_samples/k))
+    n = max(2, math.ceil(whole(n_samples=n_samples)/k))
     noise = draw(torch.randn, k, n, m, generator=generator, device=mu.device)
     z = mu[:, None] + colour(noise, s)
     return cluster_posterior(z.reshape(k*n, m), w, mu, s).reshape(k, n, k)
@@ -202,7 +205,7 @@ def mutual_information_bound(
     one_of(*_ENTROPY, 'mc', bound=bound)
     dtype, m = result_dtype(weights, means, covariances), means.shape[-1]
     h_noise = 0.5*m*math.log(2*math.pi*math.e*number(noise_std=noise_std, above=0)**2)
-    mixture = weights, means.double(), add_noise(covariances.double(), noise_std)
+    mixture = weights, means.double(), add_noise(covariances, noise_std)
     if bound != 'mc': return (_ENTROPY[bound](*mixture) - h_noise).to(dtype)
     h_z, error = entropy_mc(*mixture, n_samples, generator)
     return (h_z - h_noise).to(dtype), error.to(dtype)

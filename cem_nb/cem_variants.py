@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .cem import CEM, CEMS, batch_moments, eq5, eq6, share_of_batch
 from .core import cholesky, register
 from .bounds import mutual_information_bound
-from .kmeans import assign, kmeans
+from .kmeans import assign, kmeans, same_width
 from .logdet import logdet_update
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #9a265958
@@ -81,7 +81,9 @@ class PairwiseCEM(CEM):
 @register(CEMS, 'full-pairwise')
 class FullPairwiseCEM(FullCEM):
     "Full covariances under the pairwise bound, whose graph holds the matrices; 4 s a batch at 512 dimensions on a CPU."
-    def update_bound(self, pi, Sigma, n, X): return PairwiseCEM.bound(self, pi, Sigma)
+    bound = PairwiseCEM.bound
+
+    def update_bound(self, pi, Sigma, n, X): return self.bound(pi, Sigma)
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #a1852b6d
 @register(CEMS, 'letter')
@@ -179,8 +181,14 @@ class ReleaseCEM(LetterCEM):
         if self.n_components % self.n_classes:
             raise ValueError(f'n_components is {self.n_components}; give a multiple of {self.n_classes} classes')
 
+    def labelled(self, z_hat, y):
+        "Both, if every feature has a label that is a class; else `ValueError`."
+        if len(y) == len(z_hat) and ((y >= 0) & (y < self.n_classes)).all(): return z_hat, y
+        raise ValueError(f'{len(y)} labels for {len(z_hat)} features; give one for each, at least 0 and below {self.n_classes}')
+
     def estimate(self, z_hat, y, generator):
         "k-means within each class, from the last epoch's centres."
+        z_hat, y = self.labelled(z_hat, y)
         k = self.n_components//self.n_classes
         init = self.mu.view(self.n_classes, k, -1) if self.n_fits else [None]*self.n_classes
         fits = [self.fit_class(z_hat[y == c], c, k, init[c], generator) for c in range(self.n_classes)]
@@ -193,6 +201,8 @@ class ReleaseCEM(LetterCEM):
         return n/len(z_hat), mu, var.mean(1, keepdim=True)
 
     def batch(self, z_hat, y):
+        z_hat, y = self.labelled(z_hat, y)
+        same_width(z_hat, self.mu)
         k = self.n_components//self.n_classes
         d2 = (z_hat.detach()[:, None] - self.mu.view(self.n_classes, k, -1)[y]).square().sum(2)
         n, var = batch_moments(z_hat, y*k + d2.argmin(1), self.mu)

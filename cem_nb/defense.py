@@ -75,9 +75,10 @@ class ProxyDefense(Defense):
         "Take `proxy` as the network; to be called in `model`."
         self.proxy, self.proxy_opt = proxy, torch.optim.Adam(proxy.parameters(), self.lr)
 
-    def get_extra_state(self): return self.proxy_opt.state_dict()
+    def get_extra_state(self): return self.proxy_opt.state_dict() if hasattr(self, 'proxy') else {}
 
-    def set_extra_state(self, state): self.proxy_opt.load_state_dict(state)
+    def set_extra_state(self, state):
+        if state: self.proxy_opt.load_state_dict(state)
 
     def _apply(self, fn, recurse=True):  # behind .to(), .double(), ...
         super()._apply(fn, recurse)

@@ -58,7 +58,7 @@ class DistCorr(Defense):
     def __init__(
         self,
         alpha: float,                # weight of the distance correlation, >= 0
-        noise_factor: float = 1.0,   # on the noise, > 0
+        noise_factor: float = Defense.noise_factor,  # on the noise, > 0
     ):
         super().__init__()
         self.alpha, self.noise_factor = number(alpha=alpha), number(noise_factor=noise_factor, above=0)

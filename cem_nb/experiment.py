@@ -136,9 +136,9 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
 # %% ../nbs/5_run/01_experiment.ipynb #6c47316c
 PRESETS = Registry('preset')
 PRESETS['quick'] = dict(
-    width=0.25, epochs=24, batch_size=64, lr=0.02,
+    width=0.25, epochs=22, batch_size=64, lr=0.02,
     decoder__width=32, decoder__blocks=2, decoder__n_epochs=8, decoder__batch_size=64,
-    gan__width=32, gan__blocks=2, gan__n_epochs=8, gan__batch_size=64, gan__critic_width=8)
+    gan__width=32, gan__blocks=2, gan__n_epochs=4, gan__batch_size=64, gan__critic_width=8)
 PRESETS['small'] = dict(
     n_train=10_000, width=0.25, epochs=12, lr=0.02,
     decoder__width=32, decoder__blocks=2, decoder__n_epochs=5, decoder__batch_size=128,

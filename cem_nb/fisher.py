@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import finite_tensor, number, whole
+from .kmeans import draw
 
 # %% ../nbs/2_theory/09_fisher.ipynb #85a37b45
 def _features(encoder, x, noise_std, chunk):
@@ -23,7 +24,8 @@ def _features(encoder, x, noise_std, chunk):
     finite_tensor(x, 'x')
     number(noise_std=noise_std, above=0)
     whole(images=len(x)); whole(chunk=chunk)
-    if isinstance(encoder, nn.Module) and any(m.training for m in encoder.modules()):
+    owner = getattr(encoder, '__self__', encoder)  # of a method, such as `model.encode`
+    if isinstance(owner, nn.Module) and any(m.training for m in owner.modules()):
         raise ValueError('the encoder is in training mode, where images of a batch mix; call encoder.eval()')
     z = encoder(x)
     if z.shape[0] != len(x): raise ValueError(f'{len(x)} images gave {z.shape[0]} features; keep the batch axis')
@@ -81,14 +83,17 @@ def fisher_matrix(
     x: Tensor,          # images [B, ...] of d pixels (times channels)
     noise_std: float,   # standard deviation of the noise on the feature, > 0
     *,
-    chunk: int = 64,    # rows of the Jacobian at once: memory grows with it, the result does not change
+    chunk: int = 64,    # directions differentiated at once: memory grows with it, the result does not change
 ) -> Tensor:            # J^T J / noise_std^2 [B, d, d], float64, one over squared pixels
     """The exact Fisher information of each image in full: 8 B d^2 bytes, so for small images (or few).
 
     Raises ValueError for NaN, inf, noise_std <= 0 or an encoder in training mode (call `eval()`).
     Source: Maeng et al. 2023, section 3."""
     z = _features(encoder, x, noise_std, chunk)
-    info = sum(torch.einsum('cbi,cbj->bij', r, r) for r in _rows(encoder, x, z, chunk))
+    if z[0].numel() < x[0].numel(): info = sum(torch.einsum('cbi,cbj->bij', r, r) for r in _rows(encoder, x, z, chunk))
+    else:
+        J = torch.cat([_push(encoder, x)(e) for e in _unit_vectors(x, chunk)])
+        info = torch.einsum('ibm,jbm->bij', J, J)
     return _finite(info/noise_std**2)
 
 # %% ../nbs/2_theory/09_fisher.ipynb #bf084e65
@@ -165,9 +170,7 @@ class GaussianPrior:
         generator=None,  # torch.Generator; None: torch's global one
     ) -> Tensor:         # images [n, ...], float64, not clipped to [0, 1]
         "Draw images from the prior."
-        source = self.mean.device if generator is None else generator.device
-        noise = torch.randn(n, *self.mean.shape, dtype=torch.float64, generator=generator, device=source)
-        return self.mean + self.var.sqrt()*noise.to(self.mean)
+        return self.mean + self.var.sqrt()*draw(torch.randn, n, *self.mean.shape, generator=generator, device=self.mean.device)
 
 # %% ../nbs/2_theory/09_fisher.ipynb #199cd0d2
 def fit_prior(

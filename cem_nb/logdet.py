@@ -43,7 +43,7 @@ def logdet_update(
     """The log-determinant after an update: log|A + w X^T X| = log|A| + log|I_n + w X A^-1 X^T|. Differentiable in all.
 
     Raises ValueError for NaN, inf, w < 0 or a factor whose diagonal is not positive."""
-    x, factor = finite_tensor(X, 'X').double(), chol_A.double()
+    x, factor = finite_tensor(X, 'X').double(), finite_tensor(chol_A, 'chol_A').double()
     if factor.shape[-2:] != (x.shape[-1],)*2:
         raise ValueError(f'chol_A {list(chol_A.shape)}, X {list(X.shape)}: X must be as wide as chol_A')
     w, diagonal = torch.as_tensor(w, dtype=torch.float64, device=x.device), factor.diagonal(dim1=-2, dim2=-1)

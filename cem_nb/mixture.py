@@ -240,8 +240,9 @@ def _sample(w, mu, s, n, generator):
     "n points of the mixture and their components."
     u = draw(torch.rand, n, generator=generator, device=mu.device)
     label = torch.searchsorted(w.cumsum(0), u, right=True).clamp_max(len(w) - 1)
-    noise = draw(torch.randn, n, 1, mu.shape[1], generator=generator, device=mu.device)
-    return mu[label] + colour(noise, s[label])[:, 0], label
+    noise = draw(torch.randn, n, mu.shape[1], generator=generator, device=mu.device)
+    for j in label.unique().tolist(): noise[label == j] = colour(noise[None, label == j], s[j:j + 1])[0]
+    return mu[label] + noise, label
 
 # %% ../nbs/2_theory/05_mixture.ipynb #d4a293d2
 @dataclass(eq=False)
@@ -262,8 +263,10 @@ class GaussianMixture(FittedMixture):
     random_state: int | torch.Generator | None = None  # int: each fit repeats; generator: draws on; None: torch's own
 
     def __post_init__(self):
-        for name in ('n_components', 'max_iter', 'n_init'): whole(**{name: getattr(self, name)})
-        number(reg_covar=self.reg_covar)
+        for name in ('n_components', 'max_iter', 'n_init'): setattr(self, name, whole(**{name: getattr(self, name)}))
+        number(reg_covar=self.reg_covar), number(tol=self.tol)
+        if not isinstance(self.random_state, torch.Generator | None):
+            self.random_state = whole(least=0, random_state=self.random_state)
         one_of('spherical', 'diag', 'full', covariance_type=self.covariance_type)
 
     @torch.no_grad()

@@ -207,8 +207,8 @@ class Decoder(nn.Sequential):
         blocks: int = 8,                # residual blocks on the feature
     ):
         ups = math.log2(image[1]/feature[1])
-        if ups != int(ups) or ups < 0:
-            raise ValueError(f'an image of {image[1]} pixels cannot be doubled up from a feature of {feature[1]}; '
+        if ups != int(ups) or ups < 0 or image[2] != feature[2]*2**ups:
+            raise ValueError(f'an image of {image[1]}x{image[2]} cannot be doubled up from a feature of {feature[1]}x{feature[2]}; '
                              'choose an image size that is the feature size times a power of 2')
         layers = [ResBlock(feature[0], width), *(ResBlock(width, width) for _ in range(blocks))]
         for _ in range(int(ups)):

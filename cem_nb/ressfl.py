@@ -34,7 +34,7 @@ class ResSFL(ProxyDefense):
         self,
         alpha: float,               # weight, >= 0
         t: float,                   # the SSIM that the proxy may have, >= 0
-        noise_factor: float = 1.0,  # on the noise, > 0
+        noise_factor: float = ProxyDefense.noise_factor,  # on the noise, > 0
     ):
         super().__init__()
         self.alpha, self.t = number(alpha=alpha), number(t=t)

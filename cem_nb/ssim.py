@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .core import full_precision
+from .core import floating_tensor, full_precision
 
 # %% ../nbs/1_base/07_ssim.ipynb #349e29c4
 def gaussian_window() -> Tensor:  # [11], float64; sums to 1
@@ -63,7 +63,9 @@ def ssim(
     Raises `ValueError` if the shapes differ or are too small, `TypeError` for whole numbers. Source: Wang et al. 2004."""
     if x.shape != y.shape or min(x.shape[2:]) < 6:
         raise ValueError(f'shapes {list(x.shape)} and {list(y.shape)}; give two batches alike, of at least 6x6 pixels')
-    return ssim_map(x, y, *(mirrored_window(side, x.dtype, x.device) for side in x.shape[2:])).mean()
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    windows = (mirrored_window(side, dtype, x.device) for side in x.shape[2:])
+    return ssim_map(x.to(dtype), y.to(dtype), *windows).mean()
 
 # %% ../nbs/1_base/07_ssim.ipynb #9c0b6a18
 def ssim_zero(
@@ -72,7 +74,9 @@ def ssim_zero(
 ) -> Tensor:  # one number an image, [B], at most 1; NaN where an image holds NaN
     """SSIM with zeros beyond the border, as the pytorch-ssim code computes it and the paper's tables have it.
 
-    Source: Wang et al. 2004; Su 2017. In float64, under autocast too. `ValueError` for shapes that differ."""
+    Source: Wang et al. 2004; Su 2017. In float64, under autocast too. `ValueError` for shapes that differ, `TypeError`
+    for whole numbers."""
+    floating_tensor(x, 'x'), floating_tensor(y, 'y')
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f'shapes {list(x.shape)} and {list(y.shape)}; give two of [B, C, H, W]')
     windows = (zero_padded_window(side).to(x.device) for side in x.shape[2:])

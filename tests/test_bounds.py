@@ -479,11 +479,21 @@ def test_uniform_signal_in_uniform_noise(eps):
     (lambda: conditional_entropy_bound(-math.inf, *OK, 1.), 'h_x'),
     (lambda: add_noise(OK[2], -1.), 'noise_std'),
     (lambda: add_noise(OK[2] - 2, 1.), 'negative'),
+    (lambda: add_noise(torch.tensor([[[1., 3.], [3., 1.]]]), 1.5), 'no covariance'),
+    (lambda: entropy_mc(*OK, n_samples=0), 'n_samples is 0'),
+    (lambda: expected_posterior(*OK, 1., n_samples=2.5), 'n_samples is 2.5'),
     (lambda: expected_posterior(OK[0], OK[1], OK[2]*0, 0.), '-inf'),
     (lambda: cluster_posterior(torch.zeros(4, 2), *OK), 'match them'),
 ])
 def test_bad_input_says_what_to_do(call, match):
     with pytest.raises(ValueError, match=match): call()
+
+
+def test_a_little_noise_counts_beside_float32_variances():
+    w, mu, s = torch.tensor([0.5, 0.5]), torch.tensor([[0., 0.], [1., 1.]]), torch.ones(2, 2, 2)
+    assert torch.equal(add_noise(s, 1e-4), add_noise(s.double(), 1e-4))
+    one, wide = (expected_posterior(*(t.to(d) for t in (w, mu, s)), 1e-4, generator=rng(0)) for d in (torch.float32, torch.float64))
+    assert one[0].item() == pytest.approx(wide[0].item(), rel=1e-5) and one[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize('call', [

@@ -126,9 +126,9 @@ def test_right_after_every_fit_the_sum_is_a_bound(name):
         truth, cem = exact_information(z[:, 0], SIGMA), CEMS[name](noise_std=SIGMA, n_classes=1, n_epochs=12, seed=seed)
         for _ in range(12):
             cem.fit(z, None)
-            assert cem.bound(cem.pi, cem.Sigma).item() > truth
-            pairwise = mutual_information_bound(cem.pi, cem.mu, cem.Sigma, SIGMA, 'pairwise')
-            if name != 'diag': assert pairwise.item() > truth
+            bound, kind = cem.bound(cem.pi, cem.Sigma).item(), 'pairwise' if 'pairwise' in name else 'huber'
+            assert bound > truth
+            assert bound == pytest.approx(mutual_information_bound(cem.pi, cem.mu, cem.Sigma, SIGMA, kind).item(), rel=1e-5)
 
 
 def test_hard_clusters_are_one_division_of_the_features():
@@ -409,6 +409,9 @@ def test_release_has_its_own_weight():
     with pytest.raises(ValueError, match='n_components'): make('release', n_components=4)
     with pytest.raises(ValueError, match='class 1'): make('release').fit(z[:6], y[:6]*0)
     with pytest.raises(ValueError, match='batch of 0'): cem(z[:0], y[:0])
+    for args in ((z[:9, :1], y[:9]), (z[:9], y[:1]), (z[:9], y[:9] + 1), (z[:9], y[:9] - 1)):
+        with pytest.raises(ValueError, match='match them|give one for each'): cem(*args)
+    with pytest.raises(ValueError, match='give one for each'): make('release').fit(z, y + 1)
 
 
 def test_hinge():

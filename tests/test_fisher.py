@@ -324,6 +324,7 @@ P = GaussianPrior(torch.zeros(3), torch.ones(3))
     (lambda: fisher_matrix(conv_net(), X, 0.), 'noise_std'),
     (lambda: fisher_matrix(conv_net(), X*math.inf, 1.), 'NaN or inf'),
     (lambda: fisher_matrix(conv_net().train(), X, 1.), 'eval'),
+    (lambda: fisher_diag(conv_net().train().forward, X, 1.), 'eval'),
     (lambda: fisher_matrix(conv_net(), X, 1., chunk=0), 'chunk'),
     (lambda: fisher_matrix(lambda x: (x*0).sqrt(), X, 1.), 'derivative is NaN or inf'),
     (lambda: GaussianPrior(torch.zeros(2), torch.tensor([1., 0.])), 'floor'),

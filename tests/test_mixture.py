@@ -181,6 +181,8 @@ def test_a_failed_refit_leaves_the_mixture_as_it_was():
     (lambda: GaussianMixture(0), 'n_components is 0'),
     (lambda: GaussianMixture(1, max_iter=0), 'max_iter is 0'),
     (lambda: GaussianMixture(1, n_init=1.5), 'n_init is 1.5'),
+    (lambda: GaussianMixture(1, tol=math.nan), 'tol is nan'),
+    (lambda: GaussianMixture(1, random_state=True), 'random_state is True'),
     (lambda: GaussianMixture(2).predict(torch.zeros(4, 2)), 'call fit first'),
     (lambda: GaussianMixture(2).sample(3), 'call fit first'),
     (lambda: GaussianMixture(1).fit(torch.randn(4, 2)).predict(torch.zeros(4, 3)), 'match them'),
@@ -192,6 +194,12 @@ def test_a_failed_refit_leaves_the_mixture_as_it_was():
 ])
 def test_bad_input_says_what_to_do(call, match):
     with pytest.raises(ValueError, match=match): call()
+
+
+def test_whole_numbers_of_any_kind_are_settings():
+    x = torch.randn(40, 2, generator=rng(0))
+    a, b = GaussianMixture(2, random_state=3).fit(x), GaussianMixture(2.0, random_state=np.int64(3)).fit(x)
+    assert torch.equal(a.means_, b.means_)
 
 
 @pytest.mark.parametrize('call', [

@@ -46,4 +46,5 @@ def test_bad_models(bad):
 
 
 def test_decoder_needs_a_power_of_two():
-    with pytest.raises(ValueError, match='power of 2'): Decoder((8, 8, 8), (3, 48, 48))
+    for image in ((3, 48, 48), (3, 32, 64)):
+        with pytest.raises(ValueError, match='power of 2'): Decoder((8, 8, 8), image)

@@ -24,8 +24,8 @@ def test_pruning_reaches_the_size_and_no_larger_share_would(arch, width, cut):
     kept, sizes = e.kept, [c.out_channels for c, _, _ in e.groups()]
     e.prune([torch.rand(s) for s in sizes])
     assert n_params(e) <= plain and e.pruned and e.eval()(torch.rand(2, 3, 32, 32)).shape[1] == 8
-    # one channel more in the group that loses the largest share would be a larger share for all
-    share = max((k + 1)/s for k, s in zip(kept, sizes))
+    # the least larger share is the one that gives some group one channel more
+    share = min((k + 1)/s for k, s in zip(kept, sizes))
     more = [max(k, int(s*share + 1e-9)) for k, s in zip(kept, sizes)]
     if share <= 1 and more != kept:
         bigger = build(plain); bigger.kept = more

@@ -15,6 +15,11 @@ def test_images_that_are_too_small_are_refused_before_training():
         ResSFL(alpha=1.0, t=0.3).model('vgg11', 10, image_size=4, width=0.125, noise_std=0.025)
 
 
+def test_its_state_can_be_asked_for_before_there_is_a_model():
+    d = ResSFL(alpha=1.0, t=0.3)
+    d.load_state_dict(d.state_dict())
+
+
 def test_the_hinge_is_alpha_times_what_exceeds_the_threshold():
     torch.manual_seed(0)
     x = torch.rand(8, 1, 16, 16)

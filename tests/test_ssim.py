@@ -76,7 +76,9 @@ def test_ssim_and_its_gradient_do_not_depend_on_the_ambient_precision(ambient):
 def test_ssim_widens_half_precision_refuses_bytes_and_lets_nan_through():
     x = torch.rand(2, 3, 16, 16)
     assert ssim(x.half(), x.half()).dtype == torch.float32
-    with pytest.raises(TypeError, match='uint8'): ssim((255*x).byte(), (255*x).byte())
+    for score in (ssim, ssim_zero):
+        with pytest.raises(TypeError, match='uint8'): score((255*x).byte(), (255*x).byte())
+        assert score(x, x.double().flip(3)).mean().item() == pytest.approx(score(x, x.flip(3)).mean().item(), abs=1e-6)
     assert ssim(x, x.where(x != x[0, 0, 0, 0], torch.nan)).isnan()
 
 
