@@ -53,8 +53,8 @@ def test_bound_refuses(h, d):
     with pytest.raises(ValueError): theorem1_bound(h, d)
 
 
-@pytest.mark.parametrize('cov', [np.zeros((2, 2)), -np.eye(3), -np.eye(2), np.array([[1, 5], [0, 1]]), np.ones((2, 2)), np.full((2, 2), math.nan),
-                                 np.ones((2, 3)), 1.0])
+@pytest.mark.parametrize('cov', [np.zeros((2, 2)), -np.eye(3), -np.eye(2), np.array([[1, 5], [0, 1]]), np.ones((2, 2)),
+                                 np.full((2, 2), math.nan), np.ones((2, 3)), 1.0])
 def test_entropy_refuses(cov):
     with pytest.raises(ValueError): gaussian_entropy(cov)
 
