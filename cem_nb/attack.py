@@ -135,7 +135,8 @@ def register_attack(
     marker: str,         # in plots
 ) -> Callable:           # a decorator
     "Add the class below to `ATTACKS`. Raises `ValueError` for a name that is taken or that no column can have."
-    if not re.fullmatch('[a-z0-9]+', name): raise ValueError(f'an attack cannot be called {name!r}; use small letters and digits')
+    if not re.fullmatch('[a-z0-9]+', name) or name in ('train', 'val', 'test'):  # names of other columns
+        raise ValueError(f'an attack cannot be called {name!r}; use small letters and digits, and not train, val or test')
     def add(cls):
         cls.name, cls.label, cls.marker = name, label, marker
         return register(ATTACKS, name)(cls)

@@ -64,7 +64,8 @@ class Experiment(Record):
         names = [a.name for a in self.attacks]
         if len(names) > len(set(names)): raise ValueError(f'attacks are {", ".join(names)}; give each once')
         make_defense(self.defense, self.params)     # raises for a setting that the defence does not have
-        object.__setattr__(self, 'params', DEFENSES[self.defense].settings | self.params)
+        params = DEFENSES[self.defense].settings | self.params
+        object.__setattr__(self, 'params', {k: float(v) if type(v) is int else v for k, v in params.items()})
 
     @property
     def row(self) -> str:
@@ -95,9 +96,10 @@ def _place_of(experiment: Experiment, name: str) -> str:
 
 # %% ../nbs/5_run/01_experiment.ipynb #23e56d92
 def _replaced_cem(cem: CEMSettings | None, settings: dict[str, Any]) -> CEMSettings | None:
-    "`cem` is False or None, True (as it is, or the defaults) or settings; lam = 0 is no CEM."
+    "`cem` is False or None, True (as it is, or the defaults) or a record of settings; lam = 0 is no CEM."
     asked = settings.pop('cem', cem is not None or bool(settings))
     if not asked or settings.get('lam') == 0: return None
+    if not isinstance(asked, bool | Record): raise ValueError(f'cem is {asked!r}; give True or False, and lam, variant by their own names')
     return _updated(asked if isinstance(asked, Record) else cem or CEMSettings(), settings)
 
 
@@ -121,7 +123,8 @@ def replaced(
     if changes.get('defense', experiment.defense) != experiment.defense: changes.setdefault('params', {})  # not this one's
     if parts['cem']: changes['cem'] = _replaced_cem(experiment.cem, parts['cem'])
     if parts['attacks']: changes['attacks'] = _replaced_attacks(experiment.attacks, parts['attacks'])
-    for part in ('data', 'model', 'training'): changes[part] = _updated(getattr(experiment, part), parts[part])
+    for part in ('data', 'model', 'training'):
+        changes[part] = _updated(changes.get(part, getattr(experiment, part)), parts[part])
     return _updated(experiment, changes)
 
 # %% ../nbs/5_run/01_experiment.ipynb #b6fdfa66
@@ -152,13 +155,13 @@ _PAPER_BATCH = {'tinyimagenet': 256, 'facescrub': 256}            # the authors'
 
 def preset(
     name: PRESETS.Name,               # quick, small or paper
-    attacks: tuple[Attack, ...] = (DecoderAttack(), GAN()),
-    **settings,                       # by name, as in `replaced`; they win over the preset's
+    attacks: tuple[Attack, ...] = (DecoderAttack(), GAN()),  # settings that they were made with win over the preset's
+    **settings,                       # by name, as in `replaced`; so do these
 ) -> Experiment:
     "The experiment that a preset and some settings stand for. Raises `ValueError` for names that do not exist."
     experiment = Experiment(attacks=attacks)
-    present = {a.name for a in attacks}
-    own = {k: v for k, v in PRESETS[name].items() if '__' not in k or k.split('__')[0] in present}
+    open_ = {f'{a.name}__{k}' for a in attacks for k in set(dict(a)) - a.model_fields_set}
+    own = {k: v for k, v in PRESETS[name].items() if '__' not in k or k in open_}
     if name == 'paper':
         own |= {k: v[key] for k, v, key in (('epochs', _PAPER_EPOCHS, settings.get('arch')),
                                             ('batch_size', _PAPER_BATCH, settings.get('dataset'))) if key in v}

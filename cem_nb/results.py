@@ -61,12 +61,12 @@ def _write_whole(path: Path, write):
 # %% ../nbs/5_run/06_results.ipynb #43729717
 def read_result(path: Path) -> pd.DataFrame:
     "A CSV of `save`."
-    return pd.read_csv(path, keep_default_na=True)
+    return pd.read_csv(path)
 
 
 def provenance_line(frame: pd.DataFrame) -> str:
     "Where the numbers of a result come from, in one line."
-    one = lambda c: ', '.join(sorted(map(str, set(frame[c].dropna()))))
+    one = lambda c: ', '.join(sorted({part for v in frame[c].dropna() for part in str(v).split('; ')}))
     seconds = ', '.join(f'{c.removeprefix("seconds_")} {s:.0f} s' for c, s in frame.filter(like='seconds_').median().items())
     return f'computed {one("date")} on {one("hardware")}, torch {one("torch")}, seeds {one("seed")}; median of a run: {seconds}'
 

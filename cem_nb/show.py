@@ -16,7 +16,7 @@ import pandas as pd
 import cem_nb.experiment  # registers the attacks
 from .attack import ATTACKS
 from .paper import PAPER, as_runs, paper_runs, paper_text
-from .stats import (METRICS, Score, Tally, attacks_in, averages, counting_rule, gains, mean_interval, paired,
+from .stats import (METRICS, Score, Tally, attacks_in, averages, counting_rule, gains, mean_gains, mean_interval, paired,
                           row_name, score_columns, tally)
 from .style import COLORS
 
@@ -140,7 +140,7 @@ def score_table(
 ) -> 'pd.io.formats.style.Styler':
     "Accuracy in % and the table's metrics for every row, ours beside the paper's; mean ± 95 % interval over seeds."
     printed = _of_attacks(as_runs(paper_text(table)), attacks_in(frame))
-    means, n = averages(frame), len(paired(frame))
+    means, n, lost = averages(frame), len(paired(frame)), bool(lost_scores(frame).any(axis=None))
     of = lambda runs, defense, cem: runs[(runs.defense == defense) & (runs.cem.astype(bool) == cem)]
     rows = {}
     for d, cem in rows_of(frame):
@@ -150,15 +150,15 @@ def score_table(
     for cem, name in ((False, 'Average w/o CEM'), (True, 'Average w/ CEM')):
         rows[name] = _cells(of(means, 'Average', cem), {}, table, 'this run')
         rows[name] |= _paper_cells(of(printed, 'Average', cem), table)
-    return _styled(rows, f'{caption(frame)}. Averages: this run over its {n} defence{"s"*(n != 1)}, the paper over 7, '
-                         'as printed. Test images are what the paper calls "Infer"')
+    return _styled(rows, f'{caption(frame)}. Averages: this run over its {n} defence{"s"*(n != 1)}'
+                         f'{" less those that lost a run or an attack"*lost}, the paper over 7, as printed. '
+                         'Test images are what the paper calls "Infer"')
 
 # %% ../nbs/5_run/09_show.ipynb #217d4c9e
 def _with_mean(g: pd.DataFrame, defenses: list[str]) -> pd.DataFrame:
     "Gains of these defences, and the mean over them seed by seed."
     g = g[g.defense.isin(defenses)]
-    mean = g.drop(columns='defense').groupby('seed').mean().reset_index()
-    return pd.concat([g, mean.assign(defense='mean')], ignore_index=True) if len(g) else g
+    return pd.concat([g, mean_gains(g).reset_index().assign(defense='mean')], ignore_index=True) if len(g) else g
 
 # %% ../nbs/5_run/09_show.ipynb #b60f738d
 def gain_table(
@@ -179,9 +179,10 @@ def _average_change(frame: pd.DataFrame, columns: list[str]) -> str:
     "The average change over the defences in one metric, mean of several attacks: both ways for a percentage."
     if not columns: return 'none'
     m, a = score_columns(frame)[columns[0]].about, averages(frame)
+    if a[columns].isna().all(axis=None): return 'none'  # every defence lost a run or an attack
     if m.unit != '%':
         return ' → '.join(_text(a[a.cem == cem][columns].mean(axis=1), m.digits) for cem in (False, True))
-    ratios = gains(frame).groupby('seed')[columns].mean()
+    ratios = mean_gains(gains(frame))[columns]
     return f'{_text(gains(a)[columns].mean(axis=1), 1, "+")} % ({_text(ratios.mean(axis=1), 1, "+")} %)'
 
 # %% ../nbs/5_run/09_show.ipynb #6cb658c3

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'Metric', 'Score', 'score_columns', 'attacks_in', 'mean_interval', 'row_name', 'gains', 'paired',
-           'averages', 'direction', 'Tally', 'tally', 'counting_rule']
+           'in_every_seed', 'mean_gains', 'averages', 'direction', 'Tally', 'tally', 'counting_rule']
 
 # %% ../nbs/5_run/08_stats.ipynb #67eaa4db
 import math, re
@@ -117,14 +117,30 @@ def paired(
     return [d for d in frame.defense[~frame.cem.astype(bool)].unique() if d in with_cem]
 
 # %% ../nbs/5_run/08_stats.ipynb #58b06b52
+def in_every_seed(
+    values: pd.DataFrame | pd.Series,  # with the index defense, seed; nan where a run was lost
+    n_seeds: int,
+) -> pd.DataFrame | pd.Series:
+    "Of the defences that lost nothing: a mean over others would change its members from seed to seed."
+    return values.dropna().groupby('defense').filter(lambda v: len(v) == n_seeds)
+
+
+def mean_gains(
+    g: pd.DataFrame,    # of `gains`
+) -> pd.DataFrame:      # index seed
+    "Mean over the defences, seed by seed; of those that lost nothing in a column."
+    by = g.set_index(['defense', 'seed'])
+    return pd.DataFrame({c: in_every_seed(by[c], g.seed.nunique()).groupby('seed').mean() for c in by})
+
+
 def averages(
     frame: pd.DataFrame,  # of runs
 ) -> pd.DataFrame:        # rows like those of `frame`, with defense Average
-    "Mean over the defences, without and with CEM, seed by seed; of the pairs whose two runs both finished."
+    "Mean over the defences, without and with CEM, seed by seed; of those whose pairs finished in every seed."
     wide = _by_run(frame).unstack('cem')
     mean = {}
     for c in ('acc_test', *score_columns(frame)):
-        both = wide[c].reindex(columns=[False, True]).dropna()
+        both = in_every_seed(wide[c].reindex(columns=[False, True]), frame.seed.nunique())
         mean[c] = both.groupby('seed').mean().rename_axis(columns='cem').stack()
     return pd.DataFrame(mean).reset_index().assign(defense='Average').astype({'cem': bool})
 

@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .attack import Attack, best_of_restarts
+from .attack import ATTACKS, Attack, best_of_restarts
 from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
 from .data import ImageData, load_data, to_float
 from .experiment import DataSettings, Experiment
 from .methods import DEFENSES
-from .models import NETWORKS, SplitModel, feature_shape, n_params
+from .models import NETWORKS, SplitModel, feature_shape, n_params, registered_with
 from .training import accuracy, build, train
 
 # %% ../nbs/5_run/03_store.ipynb #e92fa56f
@@ -51,7 +51,8 @@ def run_path(experiment: Experiment, fingerprint: str) -> Path:
     "The folder of a run on data with this fingerprint; attacks and the data's name have no part in it."
     e = experiment
     settings = e.model_dump(mode='json', exclude={'data', 'attacks', 'preset'})
-    return runs_dir()/f'{e.row}-s{e.seed}-{_key(settings, fingerprint, *_sources(*registered(e)))}'
+    own = [*_sources(*registered(e)), *registered_with(e.model.arch)]
+    return runs_dir()/f'{e.row}-s{e.seed}-{_key(settings, fingerprint, *own)}'
 
 
 def attack_path(run: Path, attack: Attack) -> Path:
@@ -59,29 +60,38 @@ def attack_path(run: Path, attack: Attack) -> Path:
 
 # %% ../nbs/5_run/03_store.ipynb #4acfcee6
 @contextmanager
+def _writing(folder: Path):
+    "An error of the disk says what to do; other errors are left as they are."
+    try: yield
+    except OSError as e:
+        raise RunError(f'results cannot be written to {folder} ({e}); free some space or set CEM_RUNS to another folder, '
+                       'then start again: what is finished is kept') from e
+
+
+@contextmanager
 def write_then_rename(final: Path):
     "A folder to write in; renamed to `final` at the end. Kept as it is if the run is interrupted. Raises `RunError`."
     part = final.with_name(final.name + '.part')
-    lock = runs_dir()/'.locks'/'-'.join(final.relative_to(runs_dir()).with_suffix('.lock').parts)
+    lock = FileLock(runs_dir()/'.locks'/('-'.join(final.relative_to(runs_dir()).parts) + '.lock'), timeout=0)
+    with _writing(part):
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try: lock.acquire()
+        except Timeout: raise RunError(f'{final.name} is being run by another process; wait for it, or stop it') from None
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
-            if final.is_dir(): raise RunError(f'{final.name} was finished by another process just now; start again')
-            part.mkdir(parents=True, exist_ok=True)
-            yield part
+        if final.is_dir(): raise RunError(f'{final.name} was finished by another process just now; start again')
+        with _writing(part): part.mkdir(parents=True, exist_ok=True)
+        yield part
+        with _writing(part):
             for checkpoint in part.glob('checkpoint*.pt'): checkpoint.unlink()
             os.replace(part, final)
-    except Timeout:
-        raise RunError(f'{final.name} is being run by another process; wait for it, or stop it') from None
-    except OSError as e:
-        raise RunError(f'results cannot be written to {part} ({e}); free some space or set CEM_RUNS to another folder, '
-                       'then start again: what is finished is kept') from None
+    finally: lock.release()
 
 # %% ../nbs/5_run/03_store.ipynb #3d9c80e8
 def _write(folder: Path, tensors: dict[str, Tensor], **records: dict):
-    try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder/'weights.safetensors')
-    except SafetensorError as e: raise OSError(str(e)) from e  # its word for a full disk
-    for name, record in records.items(): (folder/f'{name}.json').write_text(json.dumps(record, indent=1))
+    with _writing(folder):
+        try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder/'weights.safetensors')
+        except SafetensorError as e: raise OSError(str(e)) from e  # its word for a full disk
+        for name, record in records.items(): (folder/f'{name}.json').write_text(json.dumps(record, indent=1))
 
 
 def _read(folder: Path, name: str) -> dict:
@@ -168,6 +178,8 @@ def open_run(
     if not path.is_dir(): raise RunError(f'there is no run {name} in {runs_dir()}; compute it first')
     found = sorted((p for p in path.iterdir() if p.is_dir() and p.suffix != '.part'), key=lambda p: p.stat().st_mtime)
     newest = {r['name']: r for r in (_read(p, 'config') for p in found)} if attacks is None else {}
+    if unknown := set(newest) - set(ATTACKS):
+        raise RunError(f'{name} was attacked by {", ".join(sorted(unknown))}; import what registers it, or say which attacks to open')
     record = _read(path, 'config')['experiment'] | dict(attacks=[*newest.values(), *(a.record() for a in attacks or ())])
     return Run(path, Experiment.model_validate_json(json.dumps(record)))
 
@@ -194,10 +206,10 @@ def _attack_into(path: Path, attack: Attack, e: Experiment, data: ImageData, mod
             attack, model, data.train, data.val, seed=e.seed,
             checkpoint_of=lambda r: part/f'checkpoint-{r}.pt', label=f'{e.row}, seed {e.seed}: {attack.label} attack')
         nothing = dict.fromkeys(attack.metrics, float('nan'))  # where every restart diverged
-        score = lambda s: attack.score(attacker, model, s, seed=e.seed) if attacker else nothing
+        score = lambda s: nothing if attacker is None else attack.score(attacker, model, s, seed=e.seed)
         result = dict(scores=_scores(data, score), finished=attacker is not None, **record,
                       seconds=time.perf_counter() - start, resumed=resumed, **provenance(data.train.x.device))
-        _write(part, attacker.state_dict() if attacker else {}, config=attack.record(), result=result)
+        _write(part, {} if attacker is None else attacker.state_dict(), config=attack.record(), result=result)
 
 # %% ../nbs/5_run/03_store.ipynb #78a04ce0
 def check_sizes(e: Experiment, data: ImageData):

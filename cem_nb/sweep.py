@@ -59,7 +59,9 @@ def measured(run: Run) -> dict[str, Any]:
         a = run.attack(attack.name)
         row |= {f'{metric}_{part}_{attack.name}': v for part, s in a['scores'].items() for metric, v in s.items()}
         row |= {f'seconds_{attack.name}': _seconds(a), f'finished_{attack.name}': a['finished']}
-    return row | dict(run=run.path.name, **{k: r[k] for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')})
+    made = [r, *(run.attack(a.name) for a in run.experiment.attacks)]
+    where = {k: '; '.join(dict.fromkeys(m[k] for m in made)) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
+    return row | dict(run=run.path.name, **where)
 
 # %% ../nbs/5_run/04_sweep.ipynb #cdab2a9c
 def _names_that_vary(points: list[tuple[dict[str, Any], Experiment]]) -> list[str]:

@@ -47,12 +47,15 @@ def accuracy(
     seed: int = 0,       # of the noise that is sent
     batch_size: int = 500,
 ) -> float:  # in [0, 1]
-    "Share of images that the server classifies right, noise included."
+    "Share of images that the server classifies right, noise included. `DivergedError` if its answers are not finite."
     model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=images.x.device)
+    right = torch.zeros(2, dtype=torch.int64, device=images.x.device)
     with seeded(seed, 'accuracy', device=images.x.device):
-        for x, y in batches(images, batch_size): right += (model(x).argmax(1) == y).sum()
-    return right.item()/len(images)
+        for x, y in batches(images, batch_size):
+            logits = model(x)
+            right += torch.stack([(logits.argmax(1) == y).sum(), logits.isfinite().all(1).sum()])
+    if right[1] < len(images): raise DivergedError('the server answers nan or inf; lower lr or lam')
+    return right[0].item()/len(images)
 
 # %% ../nbs/5_run/02_training.ipynb #9d35e89c
 @contextmanager
@@ -124,7 +127,7 @@ def train(
     *,
     checkpoint: Path | None = None,  # file to resume from
     label: str = 'train',
-) -> tuple[SplitModel, list[dict]]:  # the model after the last epoch, in eval mode; means of an epoch: loss, l_d, l_c
+) -> tuple[SplitModel, list[dict]]:  # the model after the last epoch, in eval mode; of an epoch: loss, l_d, l_c, val_acc
     "Algorithm 1 with any defence, with or without CEM. Raises `DivergedError` when the loss is no longer a number."
     e, device, history = experiment, data.train.x.device, []
     defense, model = build(e, data)

@@ -1,11 +1,14 @@
 "A defence and an attack of your own, as rows and a column of Table 1: python examples/own_methods.py"
+import math
+
 import torch
 from torch import nn
 
 from cem_nb.attack import Attack, register_attack
 from cem_nb.core import seeded
-from cem_nb.data import batches, to_float
+from cem_nb.data import batches
 from cem_nb.defense import Defense, defense
+from cem_nb.models import evaluating, feature_shape
 from cem_nb.parameters import TableParameters, table_base, table_rows
 from cem_nb.show import score_table
 from cem_nb.sweep import sweep
@@ -28,13 +31,13 @@ class Linear(Attack):
 
     def attacker(self, model, train):
         shape = train.x.shape[1:]
-        width = model.smash(to_float(train.x[:1])).numel()
+        width = math.prod(feature_shape(model, shape))
         return nn.Sequential(nn.Flatten(), nn.Linear(width, shape.numel()), nn.Unflatten(1, shape)).to(train.x.device)
 
     @torch.no_grad()
     def fit(self, attacker, model, train, *, seed, checkpoint=None, label=None):
-        with seeded(seed, 'linear', device=train.x.device):
-            pairs = [(model.eval().smash(x).flatten(1).double(), x.flatten(1).double()) for x, _ in batches(train, 500)]
+        with seeded(seed, 'linear', device=train.x.device), evaluating(model):
+            pairs = [(model.smash(x).flatten(1).double(), x.flatten(1).double()) for x, _ in batches(train, 500)]
         z, x = map(torch.cat, zip(*pairs))
         zc, xc = z - z.mean(0), x - x.mean(0)
         w = torch.linalg.solve(zc.T @ zc + self.ridge*torch.eye(z.shape[1], device=z.device).double(), zc.T @ xc)

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from cem_nb.data import load_data
 from cem_nb.decoder import DecoderAttack
-from cem_nb.experiment import PRESETS, CEMSettings, DataSettings, Experiment, preset
+from cem_nb.experiment import PRESETS, CEMSettings, DataSettings, Experiment, ModelSettings, TrainSettings, preset
 from cem_nb.gan import GAN
 from cem_nb.methods import DEFENSES
 from cem_nb.oracle import Oracle
@@ -30,6 +30,27 @@ def test_what_is_replaced_is_what_settings_say_and_nothing_else_moves(changes):
             for k in ('cem', 'lam', 'variant', 'n_components'): s.pop(k)
     own = ('params',) if 'defense' in changes else ()  # another defence has settings of its own
     assert {k: v for k, v in got.items() if k not in own} == {k: v for k, v in (was | changes).items() if k not in own}
+
+
+def test_a_whole_part_can_be_replaced_and_settings_beside_it_win():
+    parts = dict(training=TrainSettings(epochs=3, lr=0.1), model=ModelSettings(arch='resnet20'), data=DataSettings(n_train=99))
+    got = Experiment().replace(**parts, lr=0.2)
+    assert (got.model, got.data, got.training) == (parts['model'], parts['data'], TrainSettings(epochs=3, lr=0.2))
+    assert Experiment().replace(cem=CEMSettings(lam=4.0)).cem.lam == 4
+    with pytest.raises(ValueError, match='give True or False'): Experiment().replace(cem=dict(lam=4.0))
+
+
+def test_attacks_that_are_given_keep_what_they_were_given():
+    mine = preset('quick', (DecoderAttack(n_epochs=50, width=64), GAN())).attacks
+    alone = preset('quick').attacks
+    assert (mine[0].n_epochs, mine[0].width, mine[0].blocks) == (50, 64, alone[0].blocks) and mine[1] == alone[1]
+
+
+def test_a_whole_number_is_the_same_setting_however_it_comes(monkeypatch):
+    monkeypatch.setitem(DEFENSES, 'Mine', DEFENSES['DistCorr']._replace(settings=dict(alpha=1, noise_factor=1.0)))
+    e = Experiment(defense='Mine')
+    for same in (Experiment.model_validate_json(e.model_dump_json()), e.replace(params=dict(alpha=1)), e.replace(params=dict(alpha=1.0))):
+        assert same.model_dump_json() == e.model_dump_json()
 
 
 def test_cem_is_on_off_or_as_it_was():

@@ -2,20 +2,23 @@ import json
 import math
 import os
 import runpy
+from functools import partial
 
 import pytest
 import torch
 
 import cem_nb.store as store
 from cem_nb.attack import AttackDivergedError, score_attack
-from cem_nb.core import runs_dir
+from cem_nb.core import provenance, runs_dir
 from cem_nb.data import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.defense import DEFENSES, Method
 from cem_nb.experiment import Experiment
 from cem_nb.gan import GAN
+from cem_nb.models import NETWORKS, Network
 from cem_nb.oracle import Oracle
 from cem_nb.store import RunError, open_run, pick_device, run, run_path
+from cem_nb.sweep import measured
 
 DECODER = DecoderAttack(width=8, blocks=0, n_epochs=2, batch_size=64)
 TINY = Experiment(attacks=(DECODER,)).replace(n_train=256, width=0.125, epochs=2, batch_size=64, lr=0.02)
@@ -164,12 +167,42 @@ class Mine(Defense):
 
 def test_code_of_ones_own_is_part_of_a_runs_name(tmp_path, monkeypatch):
     fingerprint, paths = store.data_on(TINY.data, torch.device('cpu'))[1], []
-    for i, (attribute, weight) in enumerate([('a = 1', 0.1), ('a = 1', 0.1), ('a = 1', 0.2), ('a = 2', 0.1)]):
+    for i, (attribute, weight) in enumerate([
+            ('a = 1', 0.1), ('a = 1', 0.1), ('a = 1', 0.2), ('a = 2', 0.1), ('bottleneck = None', 0.1), ('a = [1, 2]', 0.1),
+            ('a = [1, 3]', 0.1), ('a = {2: {3, 4}}', 0.1), ('class a: b = 1', 0.1), ('class a: b = 2', 0.1)]):
         file = tmp_path/f'mine{i}.py'
         file.write_text(MINE.format(attribute, weight))
         monkeypatch.setitem(DEFENSES, 'Mine', Method(runpy.run_path(str(file))['Mine'], {}))
         paths.append(run_path(TINY.replace(defense='Mine'), fingerprint))
+    assert paths[0] == paths[1] and len(set(paths)) == len(paths) - 1
+
+
+def test_what_a_network_was_registered_with_is_part_of_a_runs_name(monkeypatch):
+    half, paths = NETWORKS['resnet20'].halves, []
+    for cut, channels in ((1, (8, 8, 8)), (1, (8, 8, 8)), (2, (8, 8, 8)), (1, (8, 8, 16))):
+        monkeypatch.setitem(NETWORKS, 'mine', Network(partial(half.func, channels=channels), cut))
+        paths.append(run_path(TINY.replace(arch='mine'), 'f'))
     assert paths[0] == paths[1] and len(set(paths)) == 3
+
+
+def test_an_error_of_ones_own_is_not_taken_for_a_full_disk(monkeypatch):
+    def fit(*args, **kwargs): open('/nowhere/prior.pt')
+    monkeypatch.setattr(DecoderAttack, 'fit', fit)
+    with pytest.raises(FileNotFoundError, match='prior.pt'): one()
+
+
+def test_an_attack_that_is_not_registered_any_more_has_a_name():
+    found = one()
+    config = next(found.path.glob('decoder-*'))/'config.json'
+    config.write_text(config.read_text().replace('"decoder"', '"gone"'))
+    with pytest.raises(RunError, match='attacked by gone'): open_run(found.path.name)
+
+
+def test_a_run_says_where_its_attacks_were_computed(monkeypatch):
+    one(attacks=())
+    monkeypatch.setattr(store, 'provenance', lambda device: provenance(device) | dict(hardware='another machine'))
+    here, there = measured(one())['hardware'].split('; ')
+    assert there == 'another machine' and here == provenance(torch.device('cpu'))['hardware']
 
 
 def test_code_that_cannot_be_read_is_warned_of(monkeypatch):

@@ -5,6 +5,7 @@ import cem_nb.training as training
 from cem_nb.data import ImageData, Split, load_data, to_float
 from cem_nb.experiment import Experiment
 from cem_nb.loop import epochs
+from cem_nb.store import run
 from cem_nb.training import DivergedError, accuracy, build, lr_at, ramp_at, train
 
 TINY = Experiment().replace(width=0.125, epochs=3, batch_size=64, lr=0.02)
@@ -88,6 +89,11 @@ def test_schedules_of_the_paper():
 @pytest.mark.parametrize('bad', [dict(lr=1e12), dict(lr=1e12, cem=True), dict(lam=1e30)])
 def test_divergence_has_a_name(digits, bad):
     with pytest.raises(DivergedError, match='lower lr'): train(TINY.replace(**bad), digits)
+
+
+def test_a_last_step_that_spoils_the_weights_is_no_run():
+    e = TINY.replace(n_train=64, val_frac=0.0, epochs=1, lr=1e30)
+    with pytest.raises(DivergedError, match='nan or inf'): run(e)
 
 
 def test_cem_waits_for_an_epoch_and_then_describes_the_features(digits, monkeypatch):
