@@ -51,11 +51,11 @@ def assign(
 ) -> Tensor:        # labels [N], integers in [0, k)
     """The nearest mean of each feature vector (Algorithm 1, line 9); ties go to the lower index. No gradient.
 
-    In float64 about the median of the means, so a few means far away cost the others no digits.
+    In float64 about the mean of the means: means 1e8 times as far from each other as from a feature blur it.
 
     Raises ValueError for NaN, inf or unequal widths."""
     x, means = same_width(x, means)
-    shift = means.median(0).values
+    shift = means.mean(0)
     return _nearest(x - shift, means - shift)[0]
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #b826bdc3
