@@ -163,7 +163,9 @@ class MixtureLoss(EpochMixture):
         if not 0 < len(z_hat) <= self.N:
             raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, '
                              'or fit on more')
-        return at_least_float32(finite_tensor(z_hat, 'z_hat'))
+        z_hat = at_least_float32(finite_tensor(z_hat, 'z_hat'))
+        if z_hat.shape[1] == self.mu.shape[1]: return z_hat
+        raise ValueError(f'the features are {z_hat.shape[1]} wide, those of the fit {self.mu.shape[1]}: match them')
 
     def nats(self, z_hat, y):
         "L_C of a batch, differentiable; in training the mixture moves on."

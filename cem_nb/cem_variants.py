@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .cem import CEM, CEMS, batch_moments, eq5, eq6, share_of_batch
 from .core import cholesky, register
 from .bounds import mutual_information_bound
-from .kmeans import assign, kmeans, same_width
+from .kmeans import assign, kmeans
 from .logdet import logdet_update
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #9a265958
@@ -182,14 +182,13 @@ class ReleaseCEM(LetterCEM):
             raise ValueError(f'n_components is {self.n_components}; give a multiple of {self.n_classes} classes')
 
     def labelled(self, z_hat, y):
-        "Both, if every feature has a label that is a class; else `ValueError`."
-        if len(y) == len(z_hat) and ((y >= 0) & (y < self.n_classes)).all(): return z_hat, y
+        "`y`, if it has a label that is a class for every feature; else `ValueError`."
+        if len(y) == len(z_hat) and ((y >= 0) & (y < self.n_classes)).all(): return y
         raise ValueError(f'{len(y)} labels for {len(z_hat)} features; give one for each, at least 0 and below {self.n_classes}')
 
     def estimate(self, z_hat, y, generator):
         "k-means within each class, from the last epoch's centres."
-        z_hat, y = self.labelled(z_hat, y)
-        k = self.n_components//self.n_classes
+        k, y = self.n_components//self.n_classes, self.labelled(z_hat, y)
         init = self.mu.view(self.n_classes, k, -1) if self.n_fits else [None]*self.n_classes
         fits = [self.fit_class(z_hat[y == c], c, k, init[c], generator) for c in range(self.n_classes)]
         return tuple(torch.cat(t) for t in zip(*fits))
@@ -201,9 +200,7 @@ class ReleaseCEM(LetterCEM):
         return n/len(z_hat), mu, var.mean(1, keepdim=True)
 
     def batch(self, z_hat, y):
-        z_hat, y = self.labelled(z_hat, y)
-        same_width(z_hat, self.mu)
-        k = self.n_components//self.n_classes
+        k, y = self.n_components//self.n_classes, self.labelled(z_hat, y)
         d2 = (z_hat.detach()[:, None] - self.mu.view(self.n_classes, k, -1)[y]).square().sum(2)
         n, var = batch_moments(z_hat, y*k + d2.argmin(1), self.mu)
         a = (10*n/(self.pi*self.N/self.n_classes).clamp_min(1e-12)).clamp_max(0.99)

@@ -160,8 +160,8 @@ def preset(
 ) -> Experiment:
     "The experiment that a preset and some settings stand for. Raises `ValueError` for names that do not exist."
     experiment = Experiment(attacks=attacks)
-    open_ = {f'{a.name}__{k}' for a in attacks for k in set(dict(a)) - a.model_fields_set}
-    own = {k: v for k, v in PRESETS[name].items() if '__' not in k or k in open_}
+    unset = {f'{a.name}__{k}' for a in attacks for k in set(dict(a)) - a.model_fields_set}
+    own = {k: v for k, v in PRESETS[name].items() if '__' not in k or k in unset}
     if name == 'paper':
         own |= {k: v[key] for k, v, key in (('epochs', _PAPER_EPOCHS, settings.get('arch')),
                                             ('batch_size', _PAPER_BATCH, settings.get('dataset'))) if key in v}

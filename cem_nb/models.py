@@ -140,7 +140,7 @@ def _resnet20(n_classes, in_channels, image_size, width, cut, bottleneck, channe
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes)]
     return nn.Sequential(*stem, *blocks[:n], *end), nn.Sequential(*start, *blocks[n:], *head)
 
-# %% ../nbs/1_base/06_models.ipynb #409c6941
+# %% ../nbs/1_base/06_models.ipynb #a7c41f20
 _SHIPPED = dict(NETWORKS)
 
 
@@ -152,7 +152,7 @@ def registered_with(
     halves, cut = NETWORKS[name]
     return [repr((cut, sorted(halves.keywords.items())))]
 
-
+# %% ../nbs/1_base/06_models.ipynb #409c6941
 def split_model(
     arch: NETWORKS.Name = 'vgg11',  # one of NETWORKS
     n_classes: int = 10,

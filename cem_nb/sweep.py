@@ -55,11 +55,11 @@ def measured(run: Run) -> dict[str, Any]:
     row = {f'acc_{part}': 100*v for part, v in r['accuracy'].items()}
     row |= dict(images=r['images'], seconds_train=_seconds(r))
     row |= {f'{k}_last': r['curves'][-1][k] for k in ('l_d', 'l_c') if k in r['curves'][-1]}
-    for attack in run.experiment.attacks:
-        a = run.attack(attack.name)
-        row |= {f'{metric}_{part}_{attack.name}': v for part, s in a['scores'].items() for metric, v in s.items()}
-        row |= {f'seconds_{attack.name}': _seconds(a), f'finished_{attack.name}': a['finished']}
-    made = [r, *(run.attack(a.name) for a in run.experiment.attacks)]
+    attacks = {a.name: run.attack(a.name) for a in run.experiment.attacks}
+    for name, a in attacks.items():
+        row |= {f'{metric}_{part}_{name}': v for part, s in a['scores'].items() for metric, v in s.items()}
+        row |= {f'seconds_{name}': _seconds(a), f'finished_{name}': a['finished']}
+    made = r, *attacks.values()
     where = {k: '; '.join(dict.fromkeys(m[k] for m in made)) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
     return row | dict(run=run.path.name, **where)
 

@@ -49,13 +49,13 @@ def accuracy(
 ) -> float:  # in [0, 1]
     "Share of images that the server classifies right, noise included. `DivergedError` if its answers are not finite."
     model.eval()
-    right = torch.zeros(2, dtype=torch.int64, device=images.x.device)
+    right = finite = torch.zeros((), dtype=torch.int64, device=images.x.device)
     with seeded(seed, 'accuracy', device=images.x.device):
         for x, y in batches(images, batch_size):
             logits = model(x)
-            right += torch.stack([(logits.argmax(1) == y).sum(), logits.isfinite().all(1).sum()])
-    if right[1] < len(images): raise DivergedError('the server answers nan or inf; lower lr or lam')
-    return right[0].item()/len(images)
+            right, finite = right + (logits.argmax(1) == y).sum(), finite + logits.isfinite().all(1).sum()
+    if finite < len(images): raise DivergedError('the server answers nan or inf; lower lr or lam')
+    return right.item()/len(images)
 
 # %% ../nbs/5_run/02_training.ipynb #9d35e89c
 @contextmanager

@@ -158,6 +158,9 @@ def test_what_is_stored_says_what_it_is():
 
 
 MINE = """
+from functools import cached_property
+import torch
+from torch import nn
 from cem_nb.defense import Defense
 class Mine(Defense):
     {0}
@@ -169,7 +172,9 @@ def test_code_of_ones_own_is_part_of_a_runs_name(tmp_path, monkeypatch):
     fingerprint, paths = store.data_on(TINY.data, torch.device('cpu'))[1], []
     for i, (attribute, weight) in enumerate([
             ('a = 1', 0.1), ('a = 1', 0.1), ('a = 1', 0.2), ('a = 2', 0.1), ('bottleneck = None', 0.1), ('a = [1, 2]', 0.1),
-            ('a = [1, 3]', 0.1), ('a = {2: {3, 4}}', 0.1), ('class a: b = 1', 0.1), ('class a: b = 2', 0.1)]):
+            ('a = [1, 3]', 0.1), ('a = {2: {3, 4}}', 0.1), ('class a: b = 1', 0.1), ('class a: b = 2', 0.1),
+            ('a = nn.ReLU', 0.1), ('a = nn.GELU', 0.1), ('a = torch.relu', 0.1), ('a = torch.sigmoid', 0.1),
+            ('a = cached_property(lambda self: 1)', 0.1), ('a = cached_property(lambda self: 2)', 0.1)]):
         file = tmp_path/f'mine{i}.py'
         file.write_text(MINE.format(attribute, weight))
         monkeypatch.setitem(DEFENSES, 'Mine', Method(runpy.run_path(str(file))['Mine'], {}))
