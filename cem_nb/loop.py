@@ -7,9 +7,10 @@ __all__ = ['Progress', 'epochs']
 
 # %% ../nbs/1_base/05_loop.ipynb #cfc10811
 import os, sys, time, warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from .core import seeded
 class Progress:
     "A line that says how far a stage is; the last text stays."
     _shown = (None, None)  # the notebook cell that shows a line, and the handle to rewrite it with
+    listeners: ClassVar[list[Callable[[str, int], None]]] = []  # each is told the label and the epochs that are done
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.n, self.start = label, total, 0, time.perf_counter()
@@ -40,6 +42,7 @@ class Progress:
     def advance(self, n: int, note: str = ''):
         "`n` epochs are done; `note` says how it goes."
         self.n = n
+        for tell in Progress.listeners: tell(self.label, n)
         if self.handle: self.handle.update(self._mime(note), raw=True)
         else:
             self.bar.n = n
