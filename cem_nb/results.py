@@ -33,16 +33,22 @@ def stem(
     return '_'.join([name, *([] if p.dataset == 'committed' else [data_label(p.dataset), p.preset]), *others])
 
 # %% ../nbs/5_run/06_results.ipynb #69cf7da4
+_UNDATED = {'svg': {'Date': None}}  # the same figure is then the same file
+
+
 def save(
     name: str,                # of the notebook, such as table1
     p: Record,                # its parameters
     frame: pd.DataFrame,      # of `sweep`
+    *,
+    formats: tuple[str, ...] = ('png',),  # of the figures: png, svg
     **figures: plt.Figure,    # name to figure
 ) -> list[Path]:
-    "Write a result as CSV and figures as PNG under `results_dir()`. Raises `RunError` when that cannot be done."
+    "Write a result as CSV and its figures under `results_dir()`. Raises `RunError` when that cannot be done."
     base = results_dir()/stem(name, p)
     writers = {Path(f'{base}.csv'): lambda f: frame.assign(schema=SCHEMA).to_csv(f, index=False, float_format='%.6g')}
-    writers |= {Path(f'{base}_{k}.png'): lambda f, fig=fig: fig.savefig(f, format='png') for k, fig in figures.items()}
+    writers |= {Path(f'{base}_{k}.{form}'): lambda f, fig=fig, form=form: fig.savefig(f, format=form, metadata=_UNDATED.get(form))
+                for k, fig in figures.items() for form in formats}
     for path, write in writers.items(): _write_whole(path, write)
     return list(writers)
 

@@ -15,9 +15,9 @@ COLORS = {
     'without CEM': '0.6', 'with CEM': '#0072B2', 'paper': '#D55E00',
     # attacks and the truth
     'decoder': '#E69F00', 'gan': '#CC79A7', 'oracle': '#009E73', 'exact': 'black', 'mean image': '0.6', 'guide': '0.6',
-    # bounds; fisher and unbiased never stand beside pairwise and lower
+    # bounds; unbiased never stands beside lower
     'theorem1': '#D55E00', 'huber': '#0072B2', 'pairwise': '#56B4E9', 'lower': '#CC79A7', 'mc': '#E69F00',
-    'fisher': '#56B4E9', 'unbiased': '#CC79A7', 'utility': '#009E73', 'diagonal': '#D55E00',
+    'fisher': '#882255', 'unbiased': '#CC79A7', 'utility': '#009E73', 'diagonal': '#D55E00',
     # variants of the CEM loss
     'diag': '#0072B2', 'full': '#009E73', 'letter': '#CC79A7', 'balanced': '#E69F00', 'release': '#D55E00',
     'soft weights': '#D55E00',
@@ -32,7 +32,7 @@ COLORS = {
 THEME = {
     'figure.dpi': 100, 'savefig.dpi': 110, 'savefig.bbox': 'tight', 'font.size': 10, 'axes.titlesize': 10,
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '0.92', 'axes.axisbelow': True,
-    'legend.frameon': False, 'legend.fontsize': 9, 'lines.linewidth': 1.6,
+    'svg.hashsalt': 'cem_nb', 'legend.frameon': False, 'legend.fontsize': 9, 'lines.linewidth': 1.6,
 }
 plt.rcParams.update(THEME)
 

@@ -147,8 +147,10 @@ class Pool:
         return sum(map(sum, self._epochs.values()))
 
     def stop(self):
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers: worker.terminate()
+        done = self.finished
+        if not done:
+            for worker in self._workers: worker.terminate()
+        self._pool.shutdown(wait=done, cancel_futures=True)
 
 
 def _in_workers(compute: Callable[[Experiment], Run], experiments: list[Experiment], workers: int) -> Iterator:
