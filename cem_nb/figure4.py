@@ -7,6 +7,7 @@ __all__ = ['Panels', 'TITLES', 'Figure4Parameters', 'Curve', 'figure4_curves', '
 
 # %% ../nbs/6_look/04_figure4.ipynb #576abeef
 from collections.abc import Iterable
+from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -68,9 +69,9 @@ def figure4_curves(p: Figure4Parameters) -> list[Curve]:
     for cut in p.cuts:
         rows = lambda lam: noise_rows([p.defense], p.noise_stds, lam=lam, **_cut_at(cut))
         curves += [Curve('c', f'cut {cut}', rows(0.0)), Curve('c', f'cut {cut}+CEM', rows(p.lam), against=f'cut {cut}')]
+    stronger = chain(*(noise_rows(['Bottleneck'], p.alone[:1], lam=lam) for lam in p.strengths))
     curves += [Curve('d', 'noise alone', noise_rows(['Bottleneck'], p.alone, lam=0.0)),
-               Curve('d', f'CEM at σ = {p.alone[0]:g}', [r for lam in p.strengths for r in noise_rows(['Bottleneck'], p.alone[:1], lam=lam)],
-                     'lam', 'noise alone')]
+               Curve('d', f'CEM at σ = {p.alone[0]:g}', [*stronger], 'lam', 'noise alone')]
     return [c for c in curves if c.panel in p.panels]
 
 # %% ../nbs/6_look/04_figure4.ipynb #22b80246
@@ -109,7 +110,8 @@ def plot_figure4(
     for ax, panel in zip(axes.flat, panels):
         for i, (label, runs) in enumerate(frame[frame.panel == panel].groupby('curve', sort=False)):
             knob = runs.knob.iloc[0]
-            plot_curve(ax, runs, column, knob, 'σ' if knob == 'sigma' else 'λ', label, **_look(panel, i, runs))
+            ends = panel == 'd' or i == 0  # where all curves of a panel have the same noise, the first says it
+            plot_curve(ax, runs, column, knob, 'σ' if knob == 'sigma' else 'λ', label, ends, **_look(panel, i, runs))
         plane(ax, f'{TITLES[panel]}, {runs.defense.iloc[0]}' if panel in 'bcd' else TITLES[panel])
         ax.legend(fontsize=7.5, loc='best')
     return fig

@@ -80,7 +80,8 @@ class Floors:
 
     def table(self, noise_stds: Iterable[float], names: Iterable[str] = tuple(FLOORS)) -> pd.DataFrame:  # index noise_std
         "The floors at every noise, a column each."
-        return pd.DataFrame([{n: self.mse(n, s) for n in names} for s in noise_stds], pd.Index(noise_stds, name='noise_std'))
+        stds, names = list(noise_stds), list(names)
+        return pd.DataFrame([{n: self.mse(n, s) for n in names} for s in stds], pd.Index(stds, name='noise_std'))
 
 
 def floors_from(t: dict[str, Tensor]) -> Floors:
@@ -181,7 +182,7 @@ def with_floors(
     "The frame with columns `sigma`, the noise on the feature, and `floor_<name>`; nan for a run that diverged."
     sigma, rows = feature_noise(frame), []
     for name, s in zip(frame.run if 'run' in frame else [math.nan]*len(frame), sigma):
-        rows.append(dict.fromkeys(FLOORS, math.nan) if pd.isna(name) else floors_of(opened(name)).table([s]).loc[s])
+        rows.append({n: math.nan if pd.isna(name) else floors_of(opened(name)).mse(n, s) for n in FLOORS})
     return frame.assign(sigma=sigma, **pd.DataFrame(rows, frame.index).add_prefix('floor_'))
 
 # %% ../nbs/6_look/02_floors.ipynb #8b1a48fa
@@ -207,8 +208,8 @@ def _floor_axis(ax: plt.Axes):
     ax.set(xlim=ends, yscale='log')
     top = ax.secondary_xaxis('top', functions=(floor_of, lambda f: entropy_of(np.clip(f, 1e-300, None))))
     low, high = floor_of(ends)
-    ticks = [d*10.0**k for k in range(-12, 1) for d in (1, 2, 5) if low <= d*10.0**k <= high]
-    top.set_xticks(ticks[::math.ceil(len(ticks)/4)])
+    ticks = [t for k in range(-12, 1) for t in (1*10.0**k, 2*10.0**k, 5*10.0**k) if low <= t <= high]
+    top.set_xticks(ticks[::max(1, len(ticks)//3)])
     top.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     top.tick_params(labelsize=8)
 
@@ -220,6 +221,7 @@ def plot_errors(
     "The attacker's error over every floor; and the fit of the runs with CEM, by the floor's name."
     fig, axes = plt.subplots(2, 3, figsize=(8.6, 5.8), sharey=True, layout='constrained')
     fits, by_curve = {}, dict(list(frame.dropna(subset=[column]).groupby('curve')))
+    if 'with CEM' not in by_curve: raise ValueError('no run with CEM was attacked to the end; look at the lines that were printed')
     for ax, (name, label) in zip(axes.flat, FLOORS.items()):
         key = f'floor_{name}'
         for curve, marker in (('without CEM', 's'), ('with CEM', 'o')):

@@ -30,7 +30,7 @@ def as_items(v: Any) -> tuple:
     return tuple(dict.fromkeys(v if isinstance(v, (list, tuple)) else [v]))
 
 
-def as_numbers(v: Any) -> tuple: return tuple(_number(s) if isinstance(s, str) else s for s in as_items(v))
+def as_numbers(v: Any) -> tuple: return tuple(dict.fromkeys(_number(s) if isinstance(s, str) else s for s in as_items(v)))
 
 
 def as_floats(v: Any) -> tuple: return tuple(float(x) if type(x) is int else x for x in as_numbers(v))

@@ -31,7 +31,8 @@ def noise_rows(
     **settings: Any,               # of every row, such as lam
 ) -> list[dict[str, Any]]:         # for `sweep`
     "A row for every defence and noise."
-    return [dict(defense=d, noise_std=s/make_defense(d).noise_factor, **settings) for d in defenses for s in noise_stds]
+    stds, params = list(noise_stds), settings.get('params')
+    return [dict(defense=d, noise_std=s/make_defense(d, params).noise_factor, **settings) for d in defenses for s in stds]
 
 
 def feature_noise(
@@ -87,6 +88,7 @@ def sweep_curves(
 ) -> pd.DataFrame:
     "The frame of `sweep` with columns `curve` and `sigma`, the noise on the feature; each run is computed once."
     rows = {json.dumps(r, sort_keys=True): r for points in curves.values() for r in points}
+    if not rows: raise ValueError('there are no curves; give one or more, each with rows')
     frame = sweep(base, rows.values(), seed=seeds, **how)
     frame['row'], frame['sigma'] = [*rows]*(len(frame)//len(rows)), feature_noise(frame)
     on = {name: [json.dumps(r, sort_keys=True) for r in points] for name, points in curves.items()}
@@ -108,6 +110,7 @@ def advantages(
     "`advantage` of curve b over curve a, seed by seed. Raises `ValueError` if there is no such curve."
     for name in (a, b):
         if name not in set(frame.curve): raise ValueError(f'no curve {name!r}; choose from {", ".join(dict.fromkeys(frame.curve))}')
+    if column not in frame: raise ValueError(f'no column {column!r}; the attack was not run, or every run diverged')
     found = {}
     for seed, runs in frame.groupby('seed'):
         of_a, of_b = (curve_points(runs[runs.curve == name], column) for name in (a, b))
@@ -141,6 +144,7 @@ def plot_curve(
     knob: str,            # the column that is turned
     knob_label: str,      # written before its first and last value, as σ
     label: str,           # of the curve
+    ends: bool = True,    # write the knob's values there
     **style,              # color, marker, linestyle
 ):
     "One curve: the mean over the seeds at every value of the knob, and the seeds as small marks."
@@ -150,7 +154,7 @@ def plot_curve(
     ax.plot(mean.acc_test, mean.error, label=label, **dict(marker='o', ms=5) | style)
     if runs.seed.nunique() > 1:
         ax.plot(runs.acc_test, runs.error, linestyle='none', ms=2.5, alpha=0.6, **{k: style[k] for k in ('color', 'marker') if k in style})
-    for at, last in ((mean.index[0], False), (mean.index[-1], True))[len(mean) == 1:]:
+    for at, last in ((mean.index[0], False), (mean.index[-1], True))[len(mean) == 1:] if ends else ():
         _knob_text(ax, mean.loc[at], f'{knob_label} {at:g}', style.get('color', COLORS['exact']), last)
 
 # %% ../nbs/6_look/01_tradeoff.ipynb #22a256b9

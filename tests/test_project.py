@@ -117,6 +117,7 @@ def test_operators_have_one_spelling():
 
 def test_every_committed_result_has_code_that_writes_it_and_the_current_schema():
     saved = {m for p in NOTEBOOKS for s in sources(p) for m in re.findall(r"\bsave\('([\w-]+)'", s)}
+    saved.add('playground')  # a picture that tests/test_browser.py takes
     for path in (ROOT/'figures').iterdir():
         assert path.stem.split('_')[0] in saved, f'no notebook writes {path.name}'
         if path.suffix == '.csv': assert (pd.read_csv(path).schema == SCHEMA).all(), path.name
@@ -149,7 +150,7 @@ def test_the_defaults_of_a_notebook_are_those_of_its_record(path, monkeypatch):
 
 def requirement(line):
     name, spec = re.match(r'([\w.-]+)\s*(.*)', line).groups()
-    conda = {'pytorch': 'torch', 'python-safetensors': 'safetensors'}
+    conda = {'pytorch': 'torch', 'python-safetensors': 'safetensors', 'playwright-python': 'playwright'}
     return conda.get(name, name).lower(), spec
 
 
@@ -170,9 +171,11 @@ def test_settings_agree_with_pyproject():
 
 
 def test_the_module_needs_no_jupyter():
+    "But for the widgets."
+    modules = [m for m in MODULES if m != 'playground']
     code = ('import sys\n'
             'for m in ("IPython", "ipykernel", "ipywidgets", "nbdev", "fastcore", "papermill", "jupyterlab"): sys.modules[m] = None\n'
-            f'import importlib\nfor m in {MODULES}: importlib.import_module("cem_nb." + m)')
+            f'import importlib\nfor m in {modules}: importlib.import_module("cem_nb." + m)')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
