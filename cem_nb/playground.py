@@ -87,7 +87,7 @@ def training(
                 trainer.say(f'{len(busy)} runs are being trained by another process; waiting for it')
                 yield
             left = [e for e in busy if missing_parts(e, CPU)]
-        if trainer.stopped: trainer.say('stopped: what is finished is kept, and the rest goes on from its last epoch when it is trained again')
+        if trainer.stopped: trainer.say('stopped: what is finished is kept, and the rest goes on from its last epoch the next time')
         else: trainer.bar.value = 1.0; trainer.say('; '.join(wrong) or 'all that was asked for is trained')
     finally: trainer.stop_button.disabled = True
 
@@ -116,7 +116,7 @@ def pictures_html(look: Look, attack: str) -> str:
 # %% ../nbs/6_look/08_playground.ipynb #d62bf3a5
 NAMES = '''<script>(() => {
   const name = () => document.querySelectorAll('.widget-slider').forEach(box => {
-    const label = box.querySelector('.widget-label'), handle = box.querySelector('[role=slider]'), shown = box.querySelector('.widget-readout');
+    const [label, handle, shown] = ['.widget-label', '[role=slider]', '.widget-readout'].map(s => box.querySelector(s));
     if (!label || !handle) return;
     if (handle.getAttribute('aria-label') !== label.textContent) handle.setAttribute('aria-label', label.textContent);
     if (shown && handle.getAttribute('aria-valuetext') !== shown.textContent) handle.setAttribute('aria-valuetext', shown.textContent);
@@ -135,7 +135,7 @@ class Knobs:
         p, wide = shelf.p, dict(layout=W.Layout(width='98%'), style=dict(description_width='80px'))
         self.shelf = shelf
         low = math.log10(p.noise_std) - 70*0.02  # a slider has steps, and that of the training is one of them
-        self.noise = W.FloatLogSlider(p.noise_std, base=10, min=low, max=low + 3, step=0.02, description='noise σ', readout_format='.3g', **wide)
+        self.noise = W.FloatLogSlider(p.noise_std, min=low, max=low + 3, step=0.02, description='noise σ', readout_format='.3g', **wide)
         self.lam = W.SelectionSlider(options=[(f'{v:g}', v) for v in p.lams], description='λ', **wide)
         self.defense = W.Dropdown(options=[*DEFENSES], value='Bottleneck', description='defence', **wide)
         usual = shelf.default_cut if shelf.default_cut in p.cuts else p.cuts[0]

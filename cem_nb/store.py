@@ -161,7 +161,7 @@ class Run:
         "The fitted attacker, features to images, in eval mode; `model` is the run's, if it is at hand."
         data, _ = data_on(self.experiment.data, torch.device(device))
         a = self._settings(name)
-        attacker = a.attacker(model or self.model(device), data.train).to(device)
+        with seeded(self.experiment.seed, 'open'): attacker = a.attacker(model or self.model(device), data.train).to(device)
         return _restore(attacker, attack_path(self.path, a), device)
 
     def examples(self, n: int = 8) -> tuple[Tensor, dict[str, Tensor]]:
