@@ -171,7 +171,8 @@ def test_prepared_moved_and_wrong(shelf):
 
     def agrees():
         look = play.look(v, e.attacks[0].name)
-        assert numbers_text(e, v, look, play.noise.value, v.accuracy(play.noise.value), v.error(play.noise.value, 'decoder')) in play.numbers.value
+        told = numbers_text(e, v, look, play.noise.value, v.accuracy(play.noise.value), v.error(play.noise.value, 'decoder'))
+        assert told in play.numbers.value
     agrees()
     first = play.numbers.value
     play.noise.value = 0.2
