@@ -6,6 +6,7 @@
 __all__ = ['Look', 'Victim']
 
 # %% ../nbs/6_look/06_bench.ipynb #360d8dcb
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .floors import Floors, floors_of
 from .models import SplitModel
 from .oracle import evenly_spaced
 from .ssim import ssim_zero
-from .store import Run, data_on
+from .store import Run, RunError, data_on
 from .training import accuracy
 
 # %% ../nbs/6_look/06_bench.ipynb #7830cbc2
@@ -38,15 +39,15 @@ class Look:
 # %% ../nbs/6_look/06_bench.ipynb #870b9cdf
 class Victim:
     "A run's model and attackers at any noise on the feature, on a CPU."
-    def __init__(
-        self,
-        run: Run,
-        n_accuracy: int = 500,  # test images for the accuracy; all, if there are fewer
-        n_attack: int = 100,    # ... and for the attack's mean scores
-    ):
+    n_accuracy = 500       # test images for the accuracy; all, if there are fewer
+    n_pixels = 100_000     # of the test images for the attack's mean scores: 390 of 16 x 16, 97 of 32 x 32
+    _one_at_a_time = threading.RLock()
+
+    def __init__(self, run: Run):
         self.run, self.model, self._attackers = run, run.model(), {}
-        self.sigma = self.model.noise_std  # that it was trained with
-        self.sample, self.attacked = (evenly_spaced(self.data.test, n) for n in (n_accuracy, n_attack))
+        self.sigma, self.seed = self.model.noise_std, run.experiment.seed  # that it was trained with
+        side = self.data.shape[1]
+        self.sample, self.attacked = (evenly_spaced(self.data.test, n) for n in (self.n_accuracy, max(50, self.n_pixels//side**2)))
 
     @property
     def data(self) -> ImageData: return data_on(self.run.experiment.data, torch.device('cpu'))[0]
@@ -55,7 +56,8 @@ class Victim:
     def floors(self) -> Floors: return floors_of(self.run)
 
     def attacker(self, attack: str) -> nn.Module:
-        "The fitted attacker. Raises `RunError` if the run was not attacked so."
+        "The fitted attacker. Raises `RunError` if the run was not attacked so, or the attack diverged."
+        if not self.run.attack(attack)['finished']: raise RunError(f'the {attack} attack on {self.run.path.name} diverged')
         if attack not in self._attackers: self._attackers[attack] = self.run.attacker(attack, self.model)
         return self._attackers[attack]
 
@@ -63,12 +65,13 @@ class Victim:
     def _at(self, noise_std: float, *others: nn.Module) -> Iterator[SplitModel]:
         "Under that noise; whoever computes with it, as the oracle does, is told."
         told = [m for m in (self.model, *others) if hasattr(m, 'noise_std')]
-        before = [m.noise_std for m in told]
-        try:
-            for m in told: m.noise_std = number(noise_std=noise_std)
-            yield self.model
-        finally:
-            for m, s in zip(told, before): m.noise_std = s
+        with self._one_at_a_time:
+            before = [m.noise_std for m in told]
+            try:
+                for m in told: m.noise_std = number(noise_std=noise_std)
+                yield self.model
+            finally:
+                for m, s in zip(told, before): m.noise_std = s
 
     @torch.no_grad()
     def look(
@@ -87,9 +90,9 @@ class Victim:
 
     def accuracy(self, noise_std: float) -> float:
         "Accuracy on the sample of test images, in %."
-        with self._at(noise_std) as model: return 100*accuracy(model, self.sample)
+        with self._at(noise_std) as model: return 100*accuracy(model, self.sample, seed=self.seed)
 
     def error(self, noise_std: float, attack: str) -> float:
         "Mean MSE of an attack on its sample of test images."
         attacker = self.attacker(attack)
-        with self._at(noise_std, attacker) as model: return score_attack(model, attacker, self.attacked)['mse']
+        with self._at(noise_std, attacker) as model: return score_attack(model, attacker, self.attacked, seed=self.seed)['mse']

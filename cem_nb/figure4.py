@@ -20,7 +20,7 @@ from .methods import DEFENSES
 from .models import NETWORKS
 from .parameters import Cuts, Lams, NoiseStds, Seeds, as_items
 from .style import COLORS
-from .tradeoff import advantage_text, advantages, noise_rows, plane, plot_curve, sweep_curves
+from .tradeoff import advantage_text, advantages, curve_points, noise_rows, plane, plot_curve, points_between, sweep_curves
 
 # %% ../nbs/6_look/04_figure4.ipynb #b343140e
 Panels = Annotated[tuple[Literal['a', 'b', 'c', 'd'], ...], BeforeValidator(as_items), Field(min_length=1)]
@@ -121,13 +121,18 @@ def advantage_table(
     frame: pd.DataFrame,  # of `figure4_runs`
     columns: Iterable[str] = ('mse_test_decoder', 'mse_train_oracle'),
 ) -> pd.DataFrame:
-    "For each curve that is compared with another: the points of accuracy by which it is above, at equal error, ± over seeds."
+    """For each curve that is compared with another: the points of accuracy by which it is above, at equal error, ± over seeds,
+    and how many measured points the other and it have among the errors that both reach (first seed)."""
     names = dict(mse_test_decoder='decoder, test images', mse_train_oracle='oracle, training images')
     rows = {}
     for (panel, label), runs in frame.groupby(['panel', 'curve'], sort=False):
         against = runs.against.fillna('').iloc[0]
         if not against: continue
         of_panel = frame[frame.panel == panel]
-        rows[f'{panel}: {label} over {against}'] = {
-            names.get(c, c): advantage_text(advantages(of_panel, against, label, c)) for c in columns if c in frame}
+        rows[f'{panel}: {label} over {against}'] = row = {}
+        for c in (c for c in columns if c in frame):
+            row[names.get(c, c)] = advantage_text(advantages(of_panel, against, label, c))
+            first = of_panel[of_panel.seed == of_panel.seed.iloc[0]]
+            shared = points_between(*(curve_points(first[first.curve == name], c) for name in (against, label)))
+            row[f'{names.get(c, c)}: points'] = '{} and {}'.format(*shared)
     return pd.DataFrame(rows).T.rename_axis('points of accuracy at equal error', axis=1)

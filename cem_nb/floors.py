@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOORS', 'PARTS', 'Params', 'LOOKS', 'KEPT', 'Floors', 'floors_from', 'fit_floors', 'plot_floors', 'Fit',
-           'fit_exponential', 'floors_of', 'with_floors', 'floor_of', 'entropy_of', 'plot_errors', 'fit_table']
+           'fit_exponential', 'floors_of', 'with_floors', 'over_seeds', 'floor_of', 'entropy_of', 'plot_errors',
+           'fit_table']
 
 # %% ../nbs/6_look/02_floors.ipynb #12fdb3eb
 import math, os, warnings
@@ -186,6 +187,14 @@ def with_floors(
     return frame.assign(sigma=sigma, **pd.DataFrame(rows, frame.index).add_prefix('floor_'))
 
 # %% ../nbs/6_look/02_floors.ipynb #8b1a48fa
+def over_seeds(
+    runs: pd.DataFrame,   # with the columns sigma and seed
+    *columns: str,        # all above 0
+) -> pd.DataFrame:
+    "Geometric means over the seeds, a row for every noise."
+    return np.exp(np.log(runs.set_index('sigma', drop=False)[list(columns)]).groupby(level=0).mean())
+
+
 def floor_of(h): return theorem1_bound(h, 1)  # of the entropy per value
 
 
@@ -228,7 +237,8 @@ def plot_errors(
             if curve not in by_curve: continue
             h = entropy_of(by_curve[curve][key])
             ax.plot(h, by_curve[curve][column], marker, color=COLORS[curve], ms=5, mfc='none', label=curve)
-        fits[name] = _fitted(ax, by_curve['with CEM'][key], by_curve['with CEM'][column])
+        means = over_seeds(by_curve['with CEM'], key, column)
+        fits[name] = _fitted(ax, means[key], means[column])
         _floor_axis(ax)
         ax.set(title=f'{label}: {fits[name].b:.2f} times as steep', xlabel='relative H(x|z)/d, nats (above: floor)')
     for ax in axes[:, 0]: log_ticks(ax.yaxis), ax.set_ylabel('MSE, test images')
@@ -238,9 +248,16 @@ def plot_errors(
 
 # %% ../nbs/6_look/02_floors.ipynb #eb9128e3
 def fit_table(
-    fits: dict[str, Fit],  # of `plot_errors`
+    frame: pd.DataFrame,                # as in `plot_errors`
+    column: str = 'mse_test_decoder',
 ) -> pd.DataFrame:
-    "The fits, in words that a reader can check."
-    rows = {FLOORS[n]: {'times the slope of Theorem 1': f'{f.b:.2f} ± {f.b_half:.2f}', 'correlation': f'{f.r:.3f}',
-                        '95 % interval': f'{f.r_low:.2f} to {f.r_high:.2f}', 'runs': f.n} for n, f in fits.items()}
+    "For each floor the fit, and how many errors are under it; and what the noise itself, without any theory, correlates with."
+    runs, rows = frame[frame.curve == 'with CEM'].dropna(subset=[column]), {}
+    for key, label in [*((f'floor_{n}', label) for n, label in FLOORS.items()), ('sigma', 'no floor: the noise σ')]:
+        means = over_seeds(runs, key, column)
+        f = fit_exponential(means[key], means[column])
+        floor = key != 'sigma'
+        rows[label] = {'times the slope of Theorem 1': f'{f.b:.2f} ± {f.b_half:.2f}' if floor else '', 'correlation': f'{f.r:.3f}',
+                       '95 % interval': f'{f.r_low:.2f} to {f.r_high:.2f}',
+                       'errors under the floor': f'{(runs[column] < runs[key]).sum()} of {len(runs)}' if floor else ''}
     return pd.DataFrame(rows).T

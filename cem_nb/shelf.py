@@ -14,13 +14,14 @@ from io import BytesIO
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 from torch import Tensor
 
 from .attack import ATTACKS
 from .core import Count, Positive, Record, Seed
-from .experiment import PRESETS, Experiment, ModelSettings, preset
+from .experiment import PRESETS, CEMSettings, Experiment, ModelSettings, preset
 from .floors import Floors, plot_floors
 from .methods import DEFENSES
 from .models import NETWORKS
@@ -63,7 +64,7 @@ class Shelf:
 
     def at_first(self) -> list[Experiment]:
         "What a fresh machine trains: every λ at the usual cut, every cut with and without CEM, and one more defence."
-        strong = max(min(self.p.lams, key=lambda lam: abs(lam - 16)), 0.0)
+        strong = min(self.p.lams, key=lambda lam: abs(lam - CEMSettings().lam))
         usual = self.default_cut if self.default_cut in self.p.cuts else self.p.cuts[0]
         wanted = [('Bottleneck', lam, usual) for lam in self.p.lams]
         wanted += [('Bottleneck', lam, cut) for cut in self.p.cuts for lam in (0.0, strong)]
@@ -113,11 +114,11 @@ class Chart:
         alt: str,                          # what it is, for whoever cannot see it
         width: float = 4.2,                # inches
     ):
-        fig, self.ax = plt.subplots(figsize=(width, 3.2), layout='constrained')
+        fig = Figure(figsize=(width, 3.2), layout='constrained')  # none of pyplot's, which a cell in another thread would show
+        self.ax = fig.add_subplot()
         draw(self.ax)
         file, self.alt = BytesIO(), alt
         fig.savefig(file, format='png', dpi=160, bbox_inches=None)
-        plt.close(fig)
         self.src = 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
         self.size = fig.get_size_inches()*fig.dpi
 

@@ -8,7 +8,7 @@ __all__ = ['experiments', 'measured', 'Pool', 'sweep']
 # %% ../nbs/5_run/04_sweep.ipynb #a66e26a3
 import json, math, multiprocessing, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
@@ -88,6 +88,7 @@ def _begin(parent: int, heard: multiprocessing.Queue):
         while os.getppid() == parent: time.sleep(0.5)
         os._exit(1)
     torch.set_num_threads(1)
+    heard.cancel_join_thread()  # a parent that does not listen must not keep a worker from ending
     Progress.listeners.append(lambda label, n: heard.put((os.getpid(), label, n)))
     threading.Thread(target=watch, daemon=True).start()
 
@@ -127,6 +128,7 @@ class Pool:
     def outcome(self, e: Experiment) -> tuple[Run | DivergedError, float]:
         "Wait for a run: it, or how it diverged, and the seconds that took. Raises what the worker raised, or `RunError`."
         try: found, seconds = self._todo[_same_training(e)].result().pop(0)
+        except CancelledError: raise RunError(f'{e.row} was stopped before it began; start again') from None
         except BrokenProcessPool:
             raise RunError('a worker process died, perhaps for lack of memory; start again, with fewer workers: what is '
                            'finished is kept') from None

@@ -29,9 +29,16 @@ def notebook(path, **parameters):
     path.write_text(json.dumps(nb))
 
 
-@pytest.fixture(scope='module')
-def store(tmp_path_factory):
+def places(tmp_path_factory):
     return {f'CEM_{name.upper()}': str(tmp_path_factory.mktemp(name)) for name in ('runs', 'data', 'results')} | {'OMP_NUM_THREADS': '1'}
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory): return places(tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def empty_store(tmp_path_factory): return places(tmp_path_factory)
 
 
 @pytest.fixture(scope='module')
@@ -48,14 +55,14 @@ def lab(chromium, pages, store):
 
 
 @pytest.fixture(scope='module')
-def dashboards(chromium, pages, store):
-    with voila(pages, '--progressive_rendering=True', env=store) as server: yield server
+def dashboards(chromium, pages, empty_store):
+    with voila(pages, '--progressive_rendering=True', env=empty_store) as server: yield server
 
 
 @pytest.fixture
-def expected(store, monkeypatch):
-    "What the module says for settings of the knobs; the store is the servers'."
-    for k, v in store.items(): monkeypatch.setenv(k, v)
+def expected(request, monkeypatch):
+    "What the module says for settings of the knobs, from the store of the test's server."
+    for k, v in request.getfixturevalue('empty_store' if 'voila' in request.node.name else 'store').items(): monkeypatch.setenv(k, v)
     from cem_nb.playground import Shown, numbers_text, pictures_html
     from cem_nb.shelf import PlaygroundParameters, Shelf
     shelf = Shelf(PlaygroundParameters(**SETTINGS))
@@ -163,11 +170,16 @@ def test_a_missing_run_is_trained_on_request_and_can_be_stopped(chromium, lab, e
 
 
 def test_voila_and_two_readers_at_once(chromium, dashboards, expected):
+    "Both open the page where nothing is trained yet: one trains, can be stopped and goes on, and the other waits."
     with reader(chromium) as one, reader(chromium) as two:
+        for r in (one, two): open_voila(r, dashboards, 'nbs/16_playground.ipynb', seconds=300)
+        one.click('stop')
+        one.until(lambda: 'stopped: what is finished is kept' in one.page.content(), 'the stop')
+        if one.page.get_by_role('button', name='train this run').is_enabled(): one.click('train this run')
         for r in (one, two):
-            open_voila(r, dashboards, 'nbs/16_playground.ipynb', seconds=600)
-            r.until(lambda: r.page.locator('.cem-numbers').count(), 'the page', 300)
-            r.drawn()
+            r.until(lambda: r.page.locator('.cem-numbers').count(), 'the training', 400)
+        two.until(lambda: 'all that was asked for is trained' in two.page.content(), 'all trainings', 400)
+        for r in (one, two): r.drawn()
         assert not one.page.locator('.jp-InputArea-editor').count()
         two.press('λ', 'End')
         moves(one, expected)

@@ -122,19 +122,20 @@ def made_up(p=PARAMETERS[3], worth=2.0, attacks=('test_decoder', 'train_oracle')
 def test_advantages_are_told_for_each_comparison(tmp_path):
     frame = made_up()
     table = advantage_table(frame)
-    assert list(table) == ['decoder, test images', 'oracle, training images']
+    both = ['decoder, test images', 'oracle, training images']
+    assert list(table) == [c for name in both for c in (name, f'{name}: points')]
     compared = [f'{c.panel}: {c.label} over {c.against}' for c in figure4_curves(PARAMETERS[3]) if c.against]
     assert list(table.index) == compared and len(compared) == 7
-    assert (table.loc[compared[:6]] == '+2.0 ± 0.0').all(axis=None)
+    assert (table.loc[compared[:6], both] == '+2.0 ± 0.0').all(axis=None)
     panel = frame[(frame.panel == 'd') & (frame.seed == 0)]
     d = advantage(*(panel.loc[panel.curve == c, ['mse_test_decoder', 'acc_test']] for c in ('noise alone', 'CEM at σ = 0.1')))
     assert table.iloc[6, 0] == f'{d:+.1f} ± 0.0'
     frame.to_csv(tmp_path/'read.csv', index=False)  # where what is compared with nothing is read as nan
     assert advantage_table(pd.read_csv(tmp_path/'read.csv')).equals(table)
-    assert list(advantage_table(frame.drop(columns='mse_train_oracle'))) == ['decoder, test images']
-    assert list(advantage_table(frame, ['mse_train_oracle'])) == ['oracle, training images']
+    assert list(advantage_table(frame.drop(columns='mse_train_oracle'))) == [*table][:2]
+    assert list(advantage_table(frame, ['mse_train_oracle'])) == [*table][2:]
     one = advantage_table(frame[frame.seed == 0])
-    assert (one.iloc[:6] == '+2.0').all(axis=None)
+    assert (one.loc[compared[:6], both] == '+2.0').all(axis=None)
 
 
 def test_curves_of_one_panel_are_not_those_of_another():
@@ -148,7 +149,8 @@ def test_runs_that_diverged():
     frame = made_up()
     frame.loc[(frame.panel == 'b') & (frame.curve == 'λ = 8'), 'mse_test_decoder'] = math.nan
     table = advantage_table(frame)
-    assert table.loc['b: λ = 8 over λ = 0'].tolist() == ['no shared error', '+2.0 ± 0.0']
+    assert table.loc['b: λ = 8 over λ = 0'][::2].tolist() == ['no shared error', '+2.0 ± 0.0']
+    assert table.loc['b: λ = 8 over λ = 0', 'decoder, test images: points'] == '0 and 0'
     planes = [ax for ax in plot_figure4(frame).axes if ax.get_title().startswith('b')]
     assert [t.get_text() for t in planes[0].get_legend().get_texts()] == ['λ = 0']
 

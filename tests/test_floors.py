@@ -290,7 +290,7 @@ def test_entropy_and_floor_are_inverse():
 def runs_on(curves=('with CEM', 'without CEM'), slope=0.5, n=5, seed=0):
     rng = np.random.default_rng(seed)
     floors = lambda e: {f'floor_{f}': (k + 1)*e for k, f in enumerate(FLOORS)}
-    return pd.DataFrame([dict(curve=c, mse_test_decoder=0.2*e**slope*math.exp(rng.normal(0, 0.1)), **floors(e))
+    return pd.DataFrame([dict(curve=c, seed=0, sigma=10*e, mse_test_decoder=0.2*e**slope*math.exp(rng.normal(0, 0.1)), **floors(e))
                          for c in curves for e in np.geomspace(1e-3, 1e-2, n)])
 
 
@@ -305,7 +305,7 @@ def test_errors_over_the_floors():
             assert np.allclose(floor_of(lines[curve].get_xdata()), of[floor]) and np.allclose(lines[curve].get_ydata(), of.mse_test_decoder)
             assert lines[curve].get_color() == COLORS[curve] and lines[curve].get_linestyle() == 'None'
         of = frame[frame.curve == 'with CEM']
-        assert fits[name] == fit_exponential(of[floor], of.mse_test_decoder)
+        assert np.allclose(fits[name], fit_exponential(of[floor], of.mse_test_decoder))
         h, error = lines['fitted'].get_data()
         assert np.allclose(error, fits[name].mse(floor_of(h))) and np.allclose(floor_of(h), [of[floor].min(), of[floor].max()])
         h, error = lines['slope of Theorem 1'].get_data()
@@ -319,16 +319,28 @@ def test_errors_over_the_floors():
         assert np.allclose(top.get_xlim(), floor_of(np.array(ax.get_xlim())))
     words = [t.get_text() for t in fig.axes[5].get_legend().get_texts()]
     assert set(words) == {'with CEM', 'without CEM', 'fitted', 'slope of Theorem 1', 'error = floor'}
-    table = fit_table(fits)
-    assert list(table.index) == [*FLOORS.values()] and (table.runs == 5).all()
+    table, of = fit_table(lost), frame[frame.curve == 'with CEM']
+    assert list(table.index) == [*FLOORS.values(), 'no floor: the noise σ']
+    assert table.loc['pairwise', 'errors under the floor'] == f'{(of.mse_test_decoder < of.floor_pairwise).sum()} of 5'
+    assert table.iloc[-1].correlation == f'{np.corrcoef(np.log(of.sigma), np.log(of.mse_test_decoder))[0, 1]:.3f}'
     assert table.loc['Eq. 3', 'times the slope of Theorem 1'] == f'{fits["huber"].b:.2f} ± {fits["huber"].b_half:.2f}'
+
+
+def test_seeds_of_one_noise_are_one_point():
+    "So runs that say the same twice make no interval narrower."
+    one = runs_on()
+    two = pd.concat([one, one.assign(seed=1)])
+    assert np.allclose(plot_errors(one)[1]['huber'], plot_errors(two)[1]['huber'])
+    apart = pd.concat([one.assign(mse_test_decoder=one.mse_test_decoder/2), one.assign(seed=1, mse_test_decoder=2*one.mse_test_decoder)])
+    assert np.allclose(plot_errors(one)[1]['huber'], plot_errors(apart)[1]['huber'])
+    plt.close('all')
 
 
 def test_errors_with_cem_alone(): assert plot_errors(runs_on(['with CEM']))[1]['mc'].n == 5
 
 
 def test_floors_that_lie_close_together():
-    frame = pd.DataFrame([dict(curve='with CEM', mse_test_decoder=0.01*(1 + i), **{f'floor_{f}': e for f in FLOORS})
+    frame = pd.DataFrame([dict(curve='with CEM', sigma=1.0 + i, mse_test_decoder=0.01*(1 + i), **{f'floor_{f}': e for f in FLOORS})
                           for i, e in enumerate((0.0025, 0.003, 0.004))])
     assert plot_errors(frame)[1]['huber'].n == 3
 

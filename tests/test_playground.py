@@ -2,6 +2,7 @@
 import base64
 import io
 import re
+import threading
 import time
 from datetime import datetime
 
@@ -229,3 +230,47 @@ def test_nothing_missing_is_no_training(shelf):
     e = shelf.base.replace(attacks=(), cem=False)
     run(e)
     assert list(training(trainer := Trainer(1), [e])) == [] and trainer.pool is None
+
+
+def test_a_failure_of_any_kind_is_said_and_the_page_lives(shelf, monkeypatch):
+    "A worker that raises what nobody expected, for two runs: said once each, and the button is there again."
+    import cem_nb.playground
+    monkeypatch.setattr(cem_nb.playground, 'run', failing)
+    play = Playground(shelf)
+    play.start()
+    deadline = time.monotonic() + 60
+    while play.trainer.busy or 'odd' not in play.trainer.said.value:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert 'Bottleneck: odd' in play.trainer.said.value and play.trainer.bar.value < 1
+    while play.train.disabled: time.sleep(0.05)
+
+
+def failing(e, device): raise ZeroDivisionError('odd')
+
+
+def test_one_training_at_a_time(shelf):
+    e = shelf.base.replace(attacks=(), cem=False)
+    trainer = Trainer(1)
+    first = training(trainer, [e])
+    next(first)
+    assert list(training(trainer, [e])) == [] and 'under way' in trainer.said.value
+    for _ in first: time.sleep(0.05)
+    assert not trainer.busy and not missing_parts(e, CPU)
+
+
+def test_two_threads_see_their_own_noise():
+    v, wrong = victim(), []
+    right = {s: (v.accuracy(s), v.error(s, 'decoder')) for s in (0.025, 0.5)}
+
+    def look_at(s): wrong.extend(s for _ in range(5) if (v.accuracy(s), v.error(s, 'decoder')) != right[s])
+    threads = [threading.Thread(target=look_at, args=(s,)) for s in right]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not wrong
+
+
+def test_a_diverged_attack_is_said(monkeypatch):
+    v = victim()
+    monkeypatch.setattr(type(v.run), 'attack', lambda self, name: dict(finished=False))
+    with pytest.raises(RunError, match='diverged'): v.attacker('decoder')

@@ -17,10 +17,11 @@ from cem_nb.data import DataError
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.gan import GAN
+from cem_nb.loop import Progress
 from cem_nb.oracle import Oracle
 from cem_nb.parameters import TableParameters, table_rows
 from cem_nb.store import SCHEMA, RunError
-from cem_nb.sweep import experiments, sweep
+from cem_nb.sweep import Pool, experiments, sweep
 
 DECODER = DecoderAttack(width=8, blocks=0, n_epochs=2, batch_size=64)
 ATTACKS = DECODER, GAN(width=8, blocks=0, n_epochs=2, batch_size=64, critic_width=4), Oracle(n_images=20)
@@ -146,3 +147,25 @@ def dying(e): os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.slow
 def test_a_worker_that_dies_is_a_clear_error():
     with pytest.raises(RunError, match='fewer workers'): sweep(TINY, compute=dying, workers=2, seed=[0, 1])
+
+
+def chatty(e):
+    "A run of a thousand stages that nobody listens to."
+    for n in range(3000): [tell(f'stage {n}', 1) for tell in Progress.listeners]
+    raise RunError('done')
+
+
+def test_a_worker_that_nobody_listens_to_ends():
+    pool = Pool(chatty, [TINY], 1)
+    with pytest.raises(RunError, match='done'): pool.outcome(TINY)
+    pool.stop()
+    assert not any(w.is_alive() for w in pool._workers)
+
+
+def test_epochs_are_counted_and_a_stopped_pool_says_so():
+    pool = Pool(store.run, [TINY, TINY.replace(seed=1), TINY.replace(seed=2)], 1)
+    pool.outcome(TINY)
+    seen = pool.epochs()
+    pool.stop()
+    assert seen >= TINY.training.epochs
+    with pytest.raises(RunError, match='stopped|died'): pool.outcome(TINY.replace(seed=2))
