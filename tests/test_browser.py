@@ -186,7 +186,8 @@ def test_voila_and_two_readers_at_once(chromium, dashboards, expected):
         assert agrees(two, expected, noise_std=0.025, lam=16.0) and not two.errors
         if path := os.environ.get('CEM_SCREENSHOT'):
             one.page.set_viewport_size(dict(width=1660, height=1000))
-            one.press('noise σ', *['PageUp']*9)
+            one.press('λ', 'End')
+            one.drag('noise σ', 0.55)
             one.page.locator('.cem-playground').first.screenshot(path=path)
 
 
