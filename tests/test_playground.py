@@ -138,6 +138,19 @@ def test_marks_stand_where_the_points_are():
     assert number(line, 'top') + number(line, 'height') == pytest.approx(corners[0, 1], abs=0.02)
 
 
+@pytest.mark.parametrize('aspect', ['auto', 'equal'])
+@pytest.mark.parametrize('x, y', [(-0.7, 0.4), (0.0, 0.0), (0.9, -0.9)])
+def test_a_mark_is_over_its_point_in_the_picture(x, y, aspect):
+    def draw(ax):
+        ax.plot(x, y, 's', color='red', ms=4)
+        ax.set(xlim=(-1, 1), ylim=(-1, 1), aspect=aspect, xlabel='a long label', title='a title')
+    chart = Chart(draw, 'a point', 3.6)
+    picture = decoded(chart.src)[..., :3].astype(int)
+    rows, columns = np.nonzero((picture[..., 0] > 200) & (picture[..., 1:].max(2) < 60))
+    at = 100*np.array([(columns.mean() + 0.5)/picture.shape[1], (rows.mean() + 0.5)/picture.shape[0]])
+    assert len(rows) > 10 and np.allclose(chart.place(x, y), at, atol=0.3)
+
+
 def test_the_mixture_in_two_dimensions_keeps_the_first_two_moments():
     floors = victim().floors
     w, mu, s = floors.mixture

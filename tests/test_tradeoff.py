@@ -17,8 +17,8 @@ import cem_nb.tradeoff as tradeoff
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.methods import DEFENSES
-from cem_nb.tradeoff import (REBUILT, CEM_LOOKS, advantage, advantage_text, advantages, curve_points, feature_noise, noise_axis, noise_rows, plane,
-                             plot_curve, plot_over_noise, sweep_curves)
+from cem_nb.tradeoff import (CEM_LOOKS, REBUILT, advantage, advantage_text, advantages, curve_points, feature_noise, noise_axis,
+                             noise_rows, plane, plot_curve, plot_over_noise, sweep_curves)
 from cem_nb.training import DivergedError
 
 matplotlib.use('Agg')
