@@ -57,8 +57,9 @@ class Victim:
 
     def attacker(self, attack: str) -> nn.Module:
         "The fitted attacker. Raises `RunError` if the run was not attacked so, or the attack diverged."
-        if not self.run.attack(attack)['finished']: raise RunError(f'the {attack} attack on {self.run.path.name} diverged')
-        if attack not in self._attackers: self._attackers[attack] = self.run.attacker(attack, self.model)
+        if attack not in self._attackers:
+            if not self.run.attack(attack)['finished']: raise RunError(f'the {attack} attack on {self.run.path.name} diverged')
+            self._attackers[attack] = self.run.attacker(attack, self.model)
         return self._attackers[attack]
 
     @contextmanager

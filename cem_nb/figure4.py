@@ -15,12 +15,12 @@ import pandas as pd
 from pydantic import BeforeValidator, Field
 
 from .core import Count, Positive, Record
-from .experiment import PRESETS, CEMSettings, Experiment, ModelSettings
+from .experiment import PRESETS, CEMSettings, Experiment
 from .methods import DEFENSES
-from .models import NETWORKS
 from .parameters import Cuts, Lams, NoiseStds, Seeds, as_items
 from .style import COLORS
-from .tradeoff import advantage_text, advantages, curve_points, noise_rows, plane, plot_curve, points_between, sweep_curves
+from .tradeoff import (advantage_text, advantages, curve_points, cut_at, noise_rows, plane, plot_curve, points_between,
+                             sweep_curves)
 
 # %% ../nbs/6_look/04_figure4.ipynb #b343140e
 Panels = Annotated[tuple[Literal['a', 'b', 'c', 'd'], ...], BeforeValidator(as_items), Field(min_length=1)]
@@ -52,10 +52,6 @@ class Curve(NamedTuple):
     against: str = ''           # label of the curve of the panel that it is compared with; '': with none
 
 
-def _cut_at(cut: int) -> dict[str, int]:
-    "The setting for a cut; none where the network is cut anyway."
-    return {} if cut == NETWORKS[ModelSettings().arch].cut else dict(cut=cut)
-
 # %% ../nbs/6_look/04_figure4.ipynb #fb61de0f
 def figure4_curves(p: Figure4Parameters) -> list[Curve]:
     "All curves of the panels that are asked for."
@@ -67,7 +63,7 @@ def figure4_curves(p: Figure4Parameters) -> list[Curve]:
         against = 'λ = 0' if lam and 0 in p.lams else ''
         curves.append(Curve('b', f'λ = {lam:g}', noise_rows([p.defense], p.noise_stds, lam=lam), against=against))
     for cut in p.cuts:
-        rows = lambda lam: noise_rows([p.defense], p.noise_stds, lam=lam, **_cut_at(cut))
+        rows = lambda lam: noise_rows([p.defense], p.noise_stds, lam=lam, **cut_at(cut))
         curves += [Curve('c', f'cut {cut}', rows(0.0)), Curve('c', f'cut {cut}+CEM', rows(p.lam), against=f'cut {cut}')]
     stronger = chain(*(noise_rows(['Bottleneck'], p.alone[:1], lam=lam) for lam in p.strengths))
     curves += [Curve('d', 'noise alone', noise_rows(['Bottleneck'], p.alone, lam=0.0)),
@@ -129,10 +125,10 @@ def advantage_table(
         against = runs.against.fillna('').iloc[0]
         if not against: continue
         of_panel = frame[frame.panel == panel]
+        first = of_panel[of_panel.seed == of_panel.seed.iloc[0]]
         rows[f'{panel}: {label} over {against}'] = row = {}
         for c in (c for c in columns if c in frame):
             row[names.get(c, c)] = advantage_text(advantages(of_panel, against, label, c))
-            first = of_panel[of_panel.seed == of_panel.seed.iloc[0]]
             shared = points_between(*(curve_points(first[first.curve == name], c) for name in (against, label)))
             row[f'{names.get(c, c)}: points'] = '{} and {}'.format(*shared)
     return pd.DataFrame(rows).T.rename_axis('points of accuracy at equal error', axis=1)

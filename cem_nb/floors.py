@@ -8,10 +8,10 @@ __all__ = ['FLOORS', 'PARTS', 'Params', 'LOOKS', 'KEPT', 'Floors', 'floors_from'
            'fit_table']
 
 # %% ../nbs/6_look/02_floors.ipynb #12fdb3eb
-import math, os, warnings
+import math, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .bounds import mutual_information_bound
 from .cem import CEM
-from .core import finite_array, whole
+from .core import finite_array, whole, write_whole
 from .data import Split, to_float
 from .fisher import GaussianPrior, fisher_diag, fit_prior, van_trees_diag
 from .mixture import GaussianMixture
@@ -36,7 +36,7 @@ from .oracle import encoded, evenly_spaced
 from .store import Run, data_on
 from .style import COLORS
 from .theorem1 import round_entropy, theorem1_bound
-from .tradeoff import feature_noise, log_ticks, noise_axis
+from .tradeoff import ROUNDING, feature_noise, log_ticks, noise_axis
 
 # %% ../nbs/6_look/02_floors.ipynb #298b6575
 FLOORS = {'huber': 'Eq. 3', 'pairwise': 'pairwise', 'mc': 'the mixture itself', 'full': 'one Gaussian', 'fisher': 'van Trees'}
@@ -107,7 +107,7 @@ def fit_floors(
     with evaluating(model), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)  # from inside torch.func
         information = fisher_diag(model.encode, some, 1.0)
-    return Floors(fit_prior(to_float(images.x), floor=1/255**2/12), mixture.params(), one.params(), information)
+    return Floors(fit_prior(to_float(images.x), floor=ROUNDING), mixture.params(), one.params(), information)
 
 # %% ../nbs/6_look/02_floors.ipynb #079ceb97
 LOOKS = {'huber': '-', 'pairwise': '--', 'mc': ':', 'full': '-.', 'fisher': (0, (6, 2))}
@@ -154,16 +154,6 @@ def fit_exponential(
 KEPT = 'floors-1.safetensors'  # another number when they are fitted otherwise
 
 
-def _keep(floors: Floors, path: Path):
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        save_file({k: t.cpu().contiguous() for k, t in floors.tensors().items()}, part)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
-        warnings.warn(f'{path} could not be written ({e}); the floors are fitted again the next time')
-
-
 def floors_of(run: Run) -> Floors:
     "The floors of a run, fitted once and kept beside it. Raises `RunError` and `DataError`."
     path = run.path/KEPT
@@ -172,7 +162,10 @@ def floors_of(run: Run) -> Floors:
         except (OSError, SafetensorError, KeyError) as e: warnings.warn(f'{path} cannot be read ({e}); the floors are fitted again')
     data, _ = data_on(run.experiment.data, torch.device('cpu'))
     floors = fit_floors(run.model(), data.train, data.n_classes)
-    _keep(floors, path)
+    tensors = {k: t.cpu().contiguous() for k, t in floors.tensors().items()}
+    try: write_whole(path, partial(save_file, tensors))
+    except (OSError, SafetensorError) as e:
+        warnings.warn(f'{path} could not be written ({e}); the floors are fitted again the next time')
     return floors
 
 # %% ../nbs/6_look/02_floors.ipynb #41c73bff

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .core import data_dir, whole
+from .core import data_dir, whole, write_whole
 
 # %% ../nbs/1_base/03_images.ipynb #06cdea4f
 class DataError(ValueError):
@@ -202,15 +202,13 @@ def from_cache(file: Path, key: str) -> np.ndarray | None:
 # %% ../nbs/1_base/03_images.ipynb #532eeeaf
 def to_cache(file: Path, key: str, x: np.ndarray) -> None:
     "Store `x` whole or not at all. A full or read-only disk costs time, not the run: it is a warning."
-    part = file.with_suffix(f'.{os.getpid()}.part')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def sealed(part: Path):
         with part.open('wb') as f:
             np.save(f, x)
             f.write(seal(key, x))
-        part.replace(file)
+
+    try: write_whole(file, sealed)
     except OSError as e:
-        if part.parent.is_dir(): part.unlink(missing_ok=True)
         warnings.warn(f'decoded images could not be cached in {file.parent} ({e}); set CEM_DATA to a writable folder')
 
 # %% ../nbs/1_base/03_images.ipynb #7c82d054

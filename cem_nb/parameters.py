@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Seeds', 'Lams', 'Cuts', 'NoiseStds', 'Methods', 'Attacks', 'ParameterError', 'as_items', 'as_numbers', 'as_floats',
-           'TableParameters', 'table_base', 'table_rows', 'read_parameters', 'changed']
+           'TableParameters', 'table_base', 'with_and_without', 'table_rows', 'read_parameters', 'changed']
 
 # %% ../nbs/5_run/05_parameters.ipynb #9819c3bb
 import ast, difflib
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -80,11 +81,15 @@ def table_base(p: TableParameters) -> Experiment:
     return preset(p.preset, attacks, dataset=p.dataset, image_size=p.image_size, arch=p.arch, noise_std=p.noise_std)
 
 
+def with_and_without(methods: Iterable[str], **cem) -> list[dict[str, Any]]:
+    "Every method, and those that take it with CEM of these settings too, as in the paper; without lam, or for 0, none."
+    return [dict(defense=m, **c) for m in methods
+            for c in ([dict(cem=False)] + [cem]*bool(cem.get('lam') and DEFENSES[m].cls.cem))]
+
+
 def table_rows(p: TableParameters) -> list[dict[str, Any]]:
-    "The rows of a table: every method, and those that take it with CEM too, as in the paper."
-    with_cem = dict(lam=p.lam, variant=p.variant) if p.lam else None
-    return [dict(defense=m, **c) for m in p.methods
-            for c in ([dict(cem=False)] + [with_cem]*(with_cem is not None and DEFENSES[m].cls.cem))]
+    "The rows of a table."
+    return with_and_without(p.methods, lam=p.lam, variant=p.variant)
 
 # %% ../nbs/5_run/05_parameters.ipynb #55f6f2c8
 def _injected(history: list[str]) -> list[str]:

@@ -26,8 +26,8 @@ from .data import Split, to_float
 from .experiment import PRESETS, CEMSettings, Experiment, preset
 from .methods import DEFENSES
 from .models import SplitModel
-from .oracle import evenly_spaced
-from .parameters import as_items
+from .oracle import even_places, evenly_spaced
+from .parameters import as_items, with_and_without
 from .pictures import first_runs
 from .show import attack_label, rows_of
 from .ssim import ssim_zero
@@ -211,8 +211,7 @@ class Figure5Parameters(Record):
 # %% ../nbs/6_look/05_rebuilt.ipynb #c86dc8f9
 def figure5_rows(p: Figure5Parameters) -> list[dict[str, Any]]:
     "Every defence, and those that take it with CEM too."
-    methods = DEFENSES if p.methods == ('all',) else p.methods
-    return [dict(defense=m, **cem) for m in methods for cem in (dict(cem=False), dict(lam=p.lam))[:1 + DEFENSES[m].cls.cem]]
+    return with_and_without(DEFENSES if p.methods == ('all',) else p.methods, lam=p.lam)
 
 
 def figure5_base(p: Figure5Parameters) -> Experiment:
@@ -233,6 +232,6 @@ def figure5(
     base, device = figure5_base(p), pick_device(p.device)
     test = data_on(base.data, device)[0].test
     found = rebuild(attacked_rows(frame, partial(open_run, attacks=base.attacks), p.attack, device), evenly_spaced(test, p.n_images))
-    places = torch.linspace(0, len(test) - 1, min(p.n_images, len(test))).long().tolist()  # as of `evenly_spaced`
+    places = even_places(len(test), p.n_images).tolist()
     found = found._replace(table=found.table.assign(image=[places[i] for i in found.table.image], n_images=len(places)))
     return with_runs(found, frame), plot_rebuilt(found, p.attack)

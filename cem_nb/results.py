@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .core import Record, committed_dir, results_dir
+from .core import Record, committed_dir, results_dir, write_whole
 from .parameters import TableParameters, changed, table_base, table_rows
 from .store import SCHEMA, RunError
 from .sweep import sweep
@@ -49,20 +49,12 @@ def save(
     writers = {Path(f'{base}.csv'): lambda f: frame.assign(schema=SCHEMA).to_csv(f, index=False, float_format='%.6g')}
     writers |= {Path(f'{base}_{k}.{form}'): lambda f, fig=fig, form=form: fig.savefig(f, format=form, metadata=_UNDATED.get(form))
                 for k, fig in figures.items() for form in formats}
-    for path, write in writers.items(): _write_whole(path, write)
+    for path, write in writers.items():
+        try: write_whole(path, write)
+        except OSError as e:
+            raise RunError(f'{path} cannot be written ({e}); free some space or set CEM_RESULTS to another folder; the runs '
+                           'themselves are kept') from None
     return list(writers)
-
-# %% ../nbs/5_run/06_results.ipynb #6d833acd
-def _write_whole(path: Path, write):
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise RunError(f'{path} cannot be written ({e}); free some space or set CEM_RESULTS to another folder; the runs '
-                       'themselves are kept') from None
 
 # %% ../nbs/5_run/06_results.ipynb #43729717
 def read_result(path: Path) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import cem_nb.tradeoff as tradeoff
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.methods import DEFENSES
-from cem_nb.tradeoff import (CEM_LOOKS, REBUILT, advantage, advantage_text, advantages, curve_points, feature_noise, noise_axis,
+from cem_nb.tradeoff import (CEM_LOOKS, ROUNDING, advantage, advantage_text, advantages, curve_points, feature_noise, noise_axis,
                              noise_rows, plane, plot_curve, plot_over_noise, sweep_curves)
 from cem_nb.training import DivergedError
 
@@ -133,7 +133,7 @@ def test_advantages_by_seed():
 def test_points_of_a_curve_are_of_finished_runs():
     frame = runs('a', 0, [(0.2, 50), (0.0, 60), (math.nan, 70), (0.1, math.nan), (0.3, 0)])
     points = curve_points(frame, 'mse')
-    assert points.dtype == float and points.tolist() == [[0.2, 50], [REBUILT, 60], [0.3, 0]]  # 0 has no logarithm
+    assert points.dtype == float and points.tolist() == [[0.2, 50], [ROUNDING, 60], [0.3, 0]]  # 0 has no logarithm
     assert curve_points(frame[:0], 'mse').shape == (0, 2)
 
 
