@@ -49,7 +49,7 @@ class Victim:
         side = self.data.shape[1]
         self.sample, self.attacked = (evenly_spaced(self.data.test, n) for n in (self.n_accuracy, max(50, self.n_pixels//side**2)))
 
-    @property
+    @cached_property
     def data(self) -> ImageData: return data_on(self.run.experiment.data, torch.device('cpu'))[0]
 
     @cached_property

@@ -109,6 +109,12 @@ class MixtureState(nn.Module):
             setattr(self, name, None if state[name] is None else state[name].to(self.l_c.device))
 
 # %% ../nbs/3_defend/01_cem.ipynb #1ce659c3
+def _images_and_labels(batch) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch): return batch
+    parts = ', '.join(type(t).__name__ for t in batch) if isinstance(batch, (tuple, list)) else type(batch).__name__
+    raise ValueError(f'the loader gives ({parts}); give batches (x, y), images and labels as two tensors')
+
+
 class EpochMixture(MixtureState):
     "The mixture of the noise-free features, fitted once an epoch."
     @torch.no_grad()
@@ -139,8 +145,9 @@ class EpochMixture(MixtureState):
         encode: Callable[[Tensor], Tensor],       # images to noise-free features; put the encoder in eval mode
         loader: Iterable[tuple[Tensor, Tensor]],  # batches (x, y) of all the training images
     ):
-        "`fit` on the features of a whole data set, collected without gradients."
-        with torch.no_grad(): pairs = [(encode(x).flatten(1), y) for x, y in loader]
+        "`fit` on the features of a whole data set, collected without gradients. Raises `ValueError` for a loader of something else."
+        with torch.no_grad(): pairs = [(encode(x).flatten(1), y) for x, y in map(_images_and_labels, loader)]
+        if not pairs: raise ValueError('the loader has no batches; an iterator is used up after one epoch: give a list or a DataLoader')
         return self.fit(torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs]))
 
 # %% ../nbs/3_defend/01_cem.ipynb #9b82c0fd

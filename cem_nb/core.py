@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
-           'committed_dir', 'write_whole', 'Record', 'record_of', 'Registry', 'definition', 'register',
-           'of_this_package', 'own_source', 'number', 'whole', 'one_of', 'floating_tensor', 'finite_tensor',
-           'finite_array', 'result_dtype', 'cholesky', 'outside_autocast', 'full_precision', 'stage_seed', 'seeded',
-           'provenance']
+           'committed_dir', 'Record', 'record_of', 'Registry', 'definition', 'register', 'of_this_package',
+           'own_source', 'number', 'whole', 'one_of', 'floating_tensor', 'finite_tensor', 'finite_array',
+           'result_dtype', 'cholesky', 'outside_autocast', 'full_precision', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
 import hashlib, inspect, json, math, os, platform, warnings
@@ -31,12 +30,19 @@ def project_dir() -> Path:
     "The checkout that the working directory or this module lies in, else the working directory."
     here = Path.cwd().resolve()
     for p in (here, *here.parents, Path(globals().get('__file__', '.')).resolve().parent.parent):
-        settings = p/'settings.ini'
-        if settings.is_file() and 'lib_name = cem_nb' in settings.read_text(): return p
+        if _is_project(p/'settings.ini'): return p
     return here
 
 
-def _place(name: str, default: str) -> Path: return Path(os.environ.get(name) or project_dir()/default)
+def _is_project(settings: Path) -> bool:
+    "Other programs have a file of that name too, in any encoding."
+    try: return b'lib_name = cem_nb' in settings.read_bytes()
+    except OSError: return False
+
+
+def _place(name: str, default: str) -> Path:
+    given = os.environ.get(name)
+    return Path(given).expanduser() if given else project_dir()/default
 
 # %% ../nbs/1_base/01_core.ipynb #76933dc2
 def data_dir() -> Path:
@@ -57,18 +63,6 @@ def results_dir() -> Path:
 def committed_dir() -> Path:
     "Folder of the tables and figures that came with the project: `figures/`. Nothing here writes to it."
     return project_dir()/'figures'
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]):
-    "Let `write` make a file under another name, and rename it when it is complete; what fails leaves nothing behind."
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
-    except BaseException:
-        if part.parent.is_dir(): part.unlink(missing_ok=True)
-        raise
 
 # %% ../nbs/1_base/01_core.ipynb #f6592505
 class Record(BaseModel):

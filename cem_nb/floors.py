@@ -27,7 +27,8 @@ from torch import Tensor
 
 from .bounds import mutual_information_bound
 from .cem import CEM
-from .core import finite_array, whole, write_whole
+from .core import finite_array, whole
+from .files import write_whole
 from .data import Split, to_float
 from .fisher import GaussianPrior, fisher_diag, fit_prior, van_trees_diag
 from .mixture import GaussianMixture

@@ -60,7 +60,7 @@ class Shelf:
         if lam and not DEFENSES[defense].cls.cem: raise ValueError(f'{defense} has no row with CEM; choose λ = 0')
         return self.base.replace(defense=defense, lam=lam, attacks=[self.attacks[a] for a in attacks], **cut_at(cut))
 
-    def missing(self, e: Experiment) -> bool: return bool(missing_parts(e, CPU))
+    def missing(self, e: Experiment) -> bool: return bool(missing_parts(e, self.fingerprint))
 
     def at_first(self) -> list[Experiment]:
         "What a fresh machine trains: every λ at the usual cut, every cut with and without CEM, and one more defence."

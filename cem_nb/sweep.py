@@ -45,21 +45,16 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
 
 
-def _seconds(result: dict) -> float:
-    "Of a training or an attack; NaN for one that was resumed, since only its last session was timed."
-    return math.nan if result['resumed'] else round(result['seconds'], 1)
-
-
 def measured(run: Run) -> dict[str, Any]:
     "Accuracies, scores, seconds and provenance of a finished run."
     r = run.result
     row = {f'acc_{part}': 100*v for part, v in r['accuracy'].items()}
-    row |= dict(images=r['images'], seconds_train=_seconds(r))
+    row |= dict(images=r['images'], seconds_train=round(r['seconds'], 1), resumed_train=r['resumed'])
     row |= {f'{k}_last': r['curves'][-1][k] for k in ('l_d', 'l_c') if k in r['curves'][-1]}
     attacks = {a.name: run.attack(a.name) for a in run.experiment.attacks}
     for name, a in attacks.items():
         row |= {f'{metric}_{part}_{name}': v for part, s in a['scores'].items() for metric, v in s.items()}
-        row |= {f'seconds_{name}': _seconds(a), f'finished_{name}': a['finished']}
+        row |= {f'seconds_{name}': round(a['seconds'], 1), f'resumed_{name}': a['resumed'], f'finished_{name}': a['finished']}
     made = r, *attacks.values()
     where = {k: '; '.join(dict.fromkeys(m[k] for m in made)) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
     return row | dict(run=run.path.name, **where)
@@ -186,7 +181,8 @@ def sweep(
     if not test and not all(e.data.val_frac for e in todo): raise ValueError('val_frac is 0; give validation images to choose on')
     if compute is None:
         on = pick_device(device)
-        for e in todo: check_sizes(e, data_on(e.data, on)[0])
+        data = {settings: data_on(settings, on)[0] for settings in {e.data for e in todo}}
+        for e in todo: check_sizes(e, data[e.data])
         compute, workers = partial(run, device=on), workers if on.type == 'cpu' else 1  # one process fills a GPU
     if not all(map(_of_this_package, todo)): workers = 1
     names = _names_that_vary(points)

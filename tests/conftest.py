@@ -15,8 +15,5 @@ def pytest_configure(config):
 def places(tmp_path, monkeypatch):
     "A store, a data folder and a figures folder of the test's own."
     for name in ('DATA', 'RUNS', 'RESULTS'): monkeypatch.setenv(f'CEM_{name}', str(tmp_path/name.lower()))
-    from cem_nb.data import load_data
-    from cem_nb.store import data_on
-    load_data.cache_clear(); data_on.cache_clear()
     torch.manual_seed(0)
     return tmp_path

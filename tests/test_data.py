@@ -1,10 +1,15 @@
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cem_nb.core import data_dir, project_dir, runs_dir
-from cem_nb.data import Augment, DataError, Split, augment_batch, batches, load_data, split_train, to_float
+import cem_nb.data
+import cem_nb.files
+from cem_nb.data import DATASETS, Augment, DataError, Source, Split, augment_batch, batches, load_data, split_train, to_float
 
 
 def write_image(path, value, size=(16, 16), mode='RGB'):
@@ -38,10 +43,8 @@ def test_folder_is_found_from_other_working_directories(folder, monkeypatch):
 def test_decoded_images_are_cached_until_a_file_changes(folder):
     before = load_data(f'folder:{folder}').fingerprint
     assert len(list((data_dir()/'cache').glob('*.npy'))) == 1
-    load_data.cache_clear()
     assert load_data(f'folder:{folder}').fingerprint == before
     write_image(folder/'train'/'cat'/'00.png', (20, 99, 0))
-    load_data.cache_clear()
     changed = load_data(f'folder:{folder}')
     assert changed.fingerprint != before
     assert 99 in torch.cat([changed.train.x, changed.val.x])[:, 1, 0, 0].tolist()
@@ -50,7 +53,6 @@ def test_decoded_images_are_cached_until_a_file_changes(folder):
 def test_damaged_cache_is_decoded_again(folder):
     before = load_data(f'folder:{folder}').fingerprint
     next((data_dir()/'cache').glob('*.npy')).write_bytes(b'half')
-    load_data.cache_clear()
     assert load_data(f'folder:{folder}').fingerprint == before
 
 
@@ -98,7 +100,9 @@ def test_facescrub_says_where_to_ask():
     with pytest.raises(DataError, match='ask for it'): load_data('facescrub')
 
 
-def test_tinyimagenet_layout(tmp_path):
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(cem_nb.data, 'TINY', dict(classes=2, train=5, test=4))
     root = data_dir()/'tiny-imagenet-200'
     for w in ('n01', 'n02'):
         for i in range(5): write_image(root/'train'/w/'images'/f'{w}_{i}.JPEG'.replace('JPEG', 'jpeg'), i, (64, 64))
@@ -106,12 +110,111 @@ def test_tinyimagenet_layout(tmp_path):
     lines = [f'val_{i}.jpeg\tn0{1 + i % 2}\t0\t0\t1\t1' for i in range(4)]
     (root/'val'/'val_annotations.txt').write_text('\n'.join(lines))
     (root/'words.txt').write_text('n01\tgoldfish, Carassius\nn02\tsalamander')
+    return root
+
+
+def test_tinyimagenet_layout(tiny):
     d = load_data('tinyimagenet', val_frac=0)
     assert d.classes == ('goldfish', 'salamander') and d.shape[1:] == (64, 64)
     assert d.test.y.tolist() == [0, 1, 0, 1] and len(d.train) == 10
-    (root/'val'/'images'/'val_2.jpeg').unlink()
-    load_data.cache_clear()
-    with pytest.raises(DataError, match='val_2'): load_data('tinyimagenet', val_frac=0)
+    (tiny/'words.txt').write_bytes(b'n01\tcaf\xe9\n\nnothing\nn02\ty')
+    assert load_data('tinyimagenet', val_frac=0).classes == ('caf\ufffd', 'y')
+
+
+NOTES = 'val/val_annotations.txt'
+
+
+@pytest.mark.parametrize('harm, message', [
+    (lambda r: [p.unlink() for p in list((r/'train'/'n02'/'images').iterdir())[3:]], 'n02/images: 3 where'),
+    (lambda r: shutil.rmtree(r/'train'/'n02'), '1 class folders'),
+    (lambda r: (r/'train'/'n03').mkdir(), '3 where TinyImageNet has 2'),
+    (lambda r: (r/NOTES).write_text((r/NOTES).read_text().splitlines()[0]), 'images listed in .*: 1 where'),
+    (lambda r: (r/NOTES).write_text((r/NOTES).read_text()[:-18]), 'line "val_", which names no class'),
+    (lambda r: (r/NOTES).write_text((r/NOTES).read_text().replace('val_3', 'val_2')), 'images listed in .*: 3 where'),
+    (lambda r: (r/NOTES).unlink(), 'val_annotations.txt is missing'),
+    (lambda r: (r/'val'/'images'/'val_2.jpeg').unlink(), 'val_2'),
+])
+def test_tinyimagenet_half_unpacked(tiny, harm, message):
+    harm(tiny)
+    with pytest.raises(DataError, match=message): load_data('tinyimagenet', val_frac=0)
+
+
+def test_blanks_or_tabs(tiny):
+    want = load_data('tinyimagenet', val_frac=0).fingerprint
+    (tiny/NOTES).write_text((tiny/NOTES).read_text().replace('\t', ' '))
+    assert load_data('tinyimagenet', val_frac=0).fingerprint == want
+
+
+def test_a_kernel_sees_that_files_were_replaced(folder):
+    before = load_data(f'folder:{folder}')
+    path = folder/'train'/'cat'/'00.png'
+    s = path.stat()
+    Image.new('RGB', (16, 16), (20, 77, 0)).save(path)
+    path.write_bytes(path.read_bytes() + bytes(max(0, s.st_size - path.stat().st_size)))
+    os.utime(path, ns=(s.st_atime_ns, s.st_mtime_ns))
+    after = load_data(f'folder:{folder}')
+    assert after.fingerprint != before.fingerprint and 77 in torch.cat([after.train.x, after.val.x])[:, 1, 0, 0].tolist()
+    for p in (folder/'train'/'cat').glob('0[1-5].png'): p.unlink()
+    assert len(load_data(f'folder:{folder}', val_frac=0).train) == 15
+
+
+def test_a_kernel_sees_that_it_stands_elsewhere(tmp_path, monkeypatch):
+    for place, red in (('one', 10), ('two', 200)):
+        for part in ('train', 'test'):
+            for c in 'ab': write_image(tmp_path/place/'imgs'/part/c/'0.png', (red, 0, 0))
+    seen = []
+    for place in ('one', 'two', 'one'):
+        monkeypatch.chdir(tmp_path/place)
+        seen.append(load_data('folder:imgs', val_frac=0).train.x.max().item())
+    assert seen == [10, 200, 10]
+
+
+def test_what_does_not_change_is_loaded_once(folder, monkeypatch):
+    monkeypatch.setattr(cem_nb.files, 'FRESH', -10**18)
+    assert load_data(f'folder:{folder}') is load_data(f'folder:{folder}') and load_data() is load_data()
+
+
+def test_a_loader_of_ones_own_is_asked_each_time_unless_it_names_its_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(cem_nb.files, 'FRESH', -10**18)
+    asked = []
+    def load(size):
+        asked.append(size)
+        s = Split(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 2)
+        return ['a', 'b'], s, s
+    monkeypatch.setitem(DATASETS, 'mine', Source(load, Augment(), None))
+    assert load_data('mine').fingerprint != load_data('mine').fingerprint and len(asked) == 2
+    monkeypatch.setitem(DATASETS, 'mine', Source(load, Augment(), lambda: tmp_path))
+    assert load_data('mine') is load_data('mine') and len(asked) == 3
+    (tmp_path/'new').write_text('')
+    load_data('mine')
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize('x, y, message', [
+    (torch.rand(8, 1, 8, 8), torch.arange(8) % 2, 'images of torch.float32'),
+    (torch.zeros(8, 8, 8, dtype=torch.uint8), torch.arange(8) % 2, 'C 1 or 3'),
+    (torch.zeros(8, 8, 8, 3, dtype=torch.uint8), torch.arange(8) % 2, 'C 1 or 3'),
+    (torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(7) % 2, 'one for each'),
+    (torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.rand(8), 'labels of torch.float32'),
+    (torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8), 'a label 2 and 2 classes'),
+    (torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) % 2 - 1, 'a label -1'),
+    (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.arange(0), 'for 0 images'),
+])
+def test_a_loader_of_ones_own_is_checked(monkeypatch, x, y, message):
+    monkeypatch.setitem(DATASETS, 'mine', Source(lambda size: (['a', 'b'], Split(x, y), Split(x, y)), Augment(), None))
+    with pytest.raises(DataError, match=message): load_data('mine')
+
+
+@pytest.mark.parametrize('size', [0, -1, 2.5])
+def test_batches_have_a_size(size):
+    with pytest.raises(ValueError, match='batch_size'): next(batches(load_data().test, size))
+
+
+def test_numbers_are_not_taken_for_bytes():
+    x = torch.rand(2, 1, 8, 8)
+    before = x.clone()
+    with pytest.raises(TypeError, match='give bytes'): to_float(x)
+    assert torch.equal(x, before)
 
 
 def test_split_is_stratified_disjoint_and_repeatable():
@@ -150,6 +253,12 @@ def test_rotation_against_pillow():
 
 def test_projects_places(monkeypatch, tmp_path):
     assert (project_dir()/'settings.ini').is_file()
+    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setenv('CEM_DATA', '~/d')
+    assert data_dir() == tmp_path/'d'
+    (tmp_path/'sub').mkdir(); monkeypatch.chdir(tmp_path/'sub')
+    for text in ('[settings]\nowner = Ren\u00e9'.encode('latin-1'), '[settings]'.encode('utf-16')):
+        (tmp_path/'settings.ini').write_bytes(text)  # of another program
+        assert (project_dir()/'nbs').is_dir()
     monkeypatch.delenv('CEM_RUNS')
     assert runs_dir() == project_dir()/'runs'
     assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]

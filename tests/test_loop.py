@@ -1,8 +1,12 @@
+import random
+from io import BytesIO
+
 import pytest
 import torch
 
 from cem_nb.core import stage_seed
-from cem_nb.loop import epochs
+from cem_nb.files import read_stamped, stamped
+from cem_nb.loop import epochs, seconds_in
 
 
 def fit(n, path, stop=None):
@@ -30,6 +34,59 @@ def test_damaged_and_unwritable_checkpoints_cost_time_only(tmp_path):
     with pytest.warns(UserWarning, match='first epoch'): assert fit(3, tmp_path/'c.pt')[1] == fit(3, None)[1]
     (tmp_path/'file').write_text('')
     with pytest.warns(UserWarning, match='no checkpoint'): assert fit(3, tmp_path/'file'/'c.pt')[1] == fit(3, None)[1]
+
+
+def saved_after(tmp_path, stop=3):
+    fit(6, tmp_path/'c.pt', stop)
+    return tmp_path/'c.pt'
+
+
+def contents(path): return torch.load(BytesIO(read_stamped(path)), weights_only=True)
+
+
+def put(path, content):
+    torch.save(content, file := BytesIO())
+    path.write_bytes(stamped(file.getvalue()))
+
+
+def test_no_bit_of_a_checkpoint_may_turn(tmp_path):
+    path, want, rng = saved_after(tmp_path), fit(6, None), random.Random(5)
+    good = path.read_bytes()
+    for _ in range(20):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        with pytest.warns(UserWarning, match='not as it was written'): found = fit(6, path)
+        assert torch.equal(found[0], want[0]) and found[1] == want[1]
+
+
+@pytest.mark.parametrize('change', [
+    lambda d: [1],
+    lambda d: {},
+    lambda d: d | dict(state=dict(net=d['state']['net'])),
+    lambda d: d | dict(state=d['state'] | dict(net={})),
+    lambda d: d | dict(state=d['state'] | dict(net=torch.nn.Linear(5, 1).state_dict())),
+    lambda d: d | dict(state=d['state'] | dict(net=torch.nn.Linear(3, 1).state_dict(), opt=dict(param_groups=[]))),
+    lambda d: d | dict(state=d['state'] | dict(more={})),
+    lambda d: d | dict(history=d['history']*3),
+    lambda d: d | dict(history=[]),
+    lambda d: {k: v for k, v in d.items() if k != 'history'},
+])
+def test_a_checkpoint_of_something_else_costs_time_only(tmp_path, change):
+    path, want = saved_after(tmp_path), fit(6, None)
+    put(path, change(contents(path)))
+    with pytest.warns(UserWarning, match='starting from the first epoch'): found = fit(6, path)
+    assert torch.equal(found[0], want[0]) and found[1] == want[1]
+
+
+def test_seconds_are_those_of_all_sessions(tmp_path):
+    assert seconds_in(tmp_path/'c.pt') == 0
+    path = saved_after(tmp_path)
+    put(path, contents(path) | dict(seconds=1000.0))
+    fit(6, path)
+    assert 1000 < seconds_in(path) < 1010
+    path.write_bytes(b'half')
+    assert seconds_in(path) == 0
 
 
 def test_an_epoch_that_keeps_nothing_is_an_error():

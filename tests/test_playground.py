@@ -219,9 +219,9 @@ def test_a_training_can_be_stopped_and_goes_on(shelf):
     for _ in training(trainer, [e]):
         if 0 < trainer.bar.value < 1: trainer.stop()
         time.sleep(0.05)
-    assert 'stopped' in trainer.said.value and not trainer.busy and missing_parts(e, CPU)
+    assert 'stopped' in trainer.said.value and not trainer.busy and missing_parts(e, shelf.fingerprint)
     for _ in training(trainer, [e]): time.sleep(0.05)
-    assert not missing_parts(e, CPU) and trainer.bar.value == 1
+    assert not missing_parts(e, shelf.fingerprint) and trainer.bar.value == 1
     assert run(e).result['resumed']
 
 
@@ -236,7 +236,7 @@ def test_a_run_of_another_process_is_waited_for(shelf):
             waited = 1
             other.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # it gave up
         time.sleep(0.05)
-    assert waited and not missing_parts(e, CPU)
+    assert waited and not missing_parts(e, shelf.fingerprint)
 
 
 def test_nothing_missing_is_no_training(shelf):
@@ -269,7 +269,7 @@ def test_one_training_at_a_time(shelf):
     next(first)
     assert list(training(trainer, [e])) == [] and 'under way' in trainer.said.value
     for _ in first: time.sleep(0.05)
-    assert not trainer.busy and not missing_parts(e, CPU)
+    assert not trainer.busy and not missing_parts(e, shelf.fingerprint)
 
 
 def test_two_threads_see_their_own_noise():

@@ -14,7 +14,21 @@ FRAME = pd.DataFrame(dict(defense=['Bottleneck', 'Bottleneck'], cem=[False, True
 def test_a_name_has_what_differs_from_the_defaults():
     assert stem('table1', TableParameters()) == 'table1_digits_quick'
     assert stem('table1', TableParameters(dataset='folder:data/faces/', device='cpu')) == 'table1_folder-faces_quick'
+    assert stem('table1', TableParameters(lam=1e-5)) == 'table1_digits_quick_lam-1e-05'
     assert stem('table2', TableParameters(lam=0.5, seeds='0,1', arch='resnet20')) == 'table2_digits_quick_lam-0.5_seeds-0-1_arch-resnet20'
+
+
+def test_what_differs_differs_in_the_name(tmp_path, monkeypatch):
+    for place in ('one', 'two'): (tmp_path/place/'imgs').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path/'one'); here = stem('table1', TableParameters(dataset='folder:imgs'))
+    monkeypatch.chdir(tmp_path/'two'); there = stem('table1', TableParameters(dataset='folder:imgs'))
+    places = '/siteA/faces', '/siteB/faces', '.', '/', 'data/faces', '/a b/x', '/a-b/x', 'data/a b', 'data/a-b'
+    asked = [dict(dataset=f'folder:{place}') for place in places]
+    asked += [dict(lam=v) for v in (1000001.0, 1000002.0, 0.1, 0.1 + 1e-12)] + [dict(seeds=[*range(n)]) for n in (2, 100, 101)]
+    names = [here, there, *(stem('table1', TableParameters(**k)) for k in asked)]
+    assert len(set(names)) == len(names) and max(map(len, names)) <= 160
+    path = save('table1', TableParameters(seeds=[*range(100)]), FRAME)[0]
+    assert len(read_result(path)) == 2
 
 
 def test_what_is_saved_is_read_back(tmp_path):

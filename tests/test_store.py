@@ -2,23 +2,30 @@ import json
 import math
 import os
 import runpy
+import shutil
+import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
 import cem_nb.store as store
-from cem_nb.attack import AttackDivergedError, score_attack
+import cem_nb.training as training
+from cem_nb.attack import ATTACKS, AttackDivergedError, score_attack
 from cem_nb.core import provenance, runs_dir
 from cem_nb.data import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.defense import DEFENSES, Method
 from cem_nb.experiment import Experiment
+from cem_nb.files import write_sealed
 from cem_nb.gan import GAN
 from cem_nb.models import NETWORKS, Network
 from cem_nb.oracle import Oracle
 from cem_nb.store import RunError, open_run, pick_device, run, run_path
 from cem_nb.sweep import measured
+from cem_nb.training import DivergedError
 
 DECODER = DecoderAttack(width=8, blocks=0, n_epochs=2, batch_size=64)
 TINY = Experiment(attacks=(DECODER,)).replace(n_train=256, width=0.125, epochs=2, batch_size=64, lr=0.02)
@@ -51,9 +58,9 @@ def test_runs_differ_when_settings_or_pixels_do(monkeypatch):
     assert one(decoder__width=4).path.name in paths  # an attack has no part in it
     real = store.load_data
     def altered(**k):
-        d = real(**k); d.train.x[0, 0, 0, 0] += 1
-        return d
-    store.data_on.cache_clear()
+        d = real(**k)
+        x = d.train.x.clone(); x[0, 0, 0, 0] += 1
+        return replace(d, train=replace(d.train, x=x))
     monkeypatch.setattr(store, 'load_data', altered)
     assert one().path.name not in paths
 
@@ -92,10 +99,134 @@ def test_damaged_files_are_named():
     with pytest.raises(RunError, match='remove'): r.result
 
 
-def test_full_disk_is_a_clear_error_and_costs_nothing(monkeypatch):
-    def full(*a, **k): raise store.SafetensorError('I/O error: No space left on device')
+@pytest.mark.parametrize('harm, message', [
+    (lambda a, b: replaced_by(a.path, b.path), 'holds Bottleneck[+]CEM-s0'),
+    (lambda a, b: rewritten(a.path/'config.json', lambda c: c['experiment']['training'].update(lr=0.05)), 'holds Bottleneck-s0'),
+    (lambda a, b: rewritten(a.path/'config.json', lambda c: c.update(fingerprint='0')), 'holds Bottleneck-s0'),
+    (lambda a, b: rewritten(a.path/'config.json', lambda c: c.pop('experiment')), 'this version cannot read'),
+    (lambda a, b: (a.path/'config.json').unlink(), 'config.json is missing'),
+    (lambda a, b: (a.path/'digests.json').unlink(), 'digests.json is missing'),
+    (lambda a, b: edited(a.path/'result.json', '"test": 0', '"test": 0.9'), 'result.json is not as it was written'),
+    (lambda a, b: edited(attacked(a)/'result.json', '"mse": 0', '"mse": -0'), 'result.json is not as it was written'),
+    (lambda a, b: edited(attacked(a)/'config.json', '"width": 8', '"width": 16'), 'config.json is not as it was written'),
+    (lambda a, b: replaced_by(attacked(a), attacked(b)), 'on other weights'),
+    (lambda a, b: attacked(a).rename(attacked(a).with_name('decoder-000000000000')), None),
+])
+def test_the_store_believes_nothing(harm, message):
+    a, b = one(), one(cem=True)
+    want = measured(a)
+    harm(a, b)
+    if message is None: assert one().new  # not where it belongs, so it is not there
+    else:
+        with pytest.raises(RunError, match=message) as e: measured(one())
+        assert 'remove' in str(e.value) and '\n' not in str(e.value)
+        shutil.rmtree(a.path)
+        again = measured(one())
+        assert {k: v for k, v in again.items() if 'seconds' not in k} == {k: v for k, v in want.items() if 'seconds' not in k}
+
+
+def attacked(r): return next(r.path.glob('decoder-*'))
+
+
+def replaced_by(path, other):
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+
+
+def edited(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def rewritten(path, change):
+    "As a program would that knows of the digests."
+    files = {p.name: p.read_bytes() for p in path.parent.iterdir() if p.is_file() and p.name != 'digests.json'}
+    content = json.loads(files[path.name])
+    change(content)
+    write_sealed(path.parent, files | {path.name: json.dumps(content).encode()})
+
+
+def test_what_cannot_be_read_just_now_is_not_to_be_removed(monkeypatch):
+    r = one()
+    def busy(*a): raise OSError(24, 'Too many open files')
+    monkeypatch.setattr(store, 'read_sealed', busy)
+    for read in (lambda: r.result, lambda: r.attack('decoder'), r.model, one):
+        with pytest.raises(RunError, match='start again: nothing is wrong') as e: read()
+        assert 'remove' not in str(e.value)
+
+
+def test_images_that_changed_are_not_taken_for_those_of_the_run(tmp_path):
+    shades = torch.Generator().manual_seed(0)
+    for part in ('train', 'test'):
+        for c in 'ab':
+            (tmp_path/'f'/part/c).mkdir(parents=True)
+            for i in range(24):
+                x = torch.randint(0, 256, (16, 16), dtype=torch.uint8, generator=shades).numpy()
+                Image.fromarray(x).save(tmp_path/'f'/part/c/f'{i}.png')
+    settings = dict(dataset=f'folder:{tmp_path}/f', n_train=None, batch_size=16, epochs=1)
+    r = one(**settings)
+    r.model()
+    Image.new('L', (16, 16), 3).save(tmp_path/'f'/'train'/'a'/'0.png')
+    for read in (r.model, r.examples, lambda: r.attacker('decoder')):
+        with pytest.raises(RunError, match='computed on other images'): read()
+    assert one(**settings).path != r.path
+
+
+def test_divergence_is_a_result_too(monkeypatch):
+    lost = dict(lr=1e30, batch_size=4096)
+    with pytest.raises(DivergedError, match='lower lr'): one(**lost)
+    monkeypatch.setattr(store, 'train', never)
+    for attacks in ((DECODER,), ()):
+        with pytest.raises(DivergedError, match='lower lr') as e: one(**lost, attacks=attacks)
+    assert not list(runs_dir().glob('*.part'))
+    found = open_run(next(runs_dir().glob('Bottleneck-*')).name)
+    for read in (lambda: found.result, found.model):
+        with pytest.raises(DivergedError): read()
+
+
+def test_a_last_rename_that_fails_loses_no_epoch(monkeypatch):
+    want, calls, replace_ = measured(one()), [], os.replace
+    shutil.rmtree(runs_dir())
+    def failing(a, b):
+        if str(a).endswith('.part') and os.path.isdir(a): raise OSError(5, 'Input/output error')
+        replace_(a, b)
     with monkeypatch.context() as m:
-        m.setattr(store, 'save_file', full)
+        m.setattr(os, 'replace', failing)
+        with pytest.raises(RunError, match='free some space'): one()
+    real = training.train_epoch
+    monkeypatch.setattr(training, 'train_epoch', lambda *a: (calls.append(1), real(*a))[1])
+    got = measured(one())
+    assert not calls and got['resumed_train'] and not got['resumed_decoder'] and not list(runs_dir().rglob('checkpoint*'))
+    assert all(got[k] == want[k] for k in want if 'seconds' not in k and 'resumed' not in k)
+
+
+def test_a_file_where_a_run_belongs_is_said_before_the_training(monkeypatch):
+    path = one(attacks=()).path
+    shutil.rmtree(path)
+    path.write_text('x')
+    monkeypatch.setattr(store, 'train', never)
+    with pytest.raises(RunError, match='is no folder'): one()
+
+
+def test_seconds_of_a_resumed_run_are_those_of_all_sessions(monkeypatch):
+    class Stop(Exception): pass
+    def first_epoch_only(*a, **k):
+        if k.get('epoch', a[-1]): raise Stop
+        time.sleep(0.5)
+        return real(*a, **k)
+    real = training.train_epoch
+    with monkeypatch.context() as m:
+        m.setattr(training, 'train_epoch', first_epoch_only)
+        with pytest.raises(Stop): one()
+    row = measured(one())
+    assert row['resumed_train'] and not row['resumed_decoder'] and row['seconds_train'] >= 0.5
+
+
+def test_full_disk_is_a_clear_error_and_costs_nothing(monkeypatch):
+    def full(*a, **k): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(store, 'write_sealed', full)
         with pytest.raises(RunError, match='free some space'): one()
     calls, real = [], store.train
     def spying(*a, **k):
@@ -196,11 +327,10 @@ def test_an_error_of_ones_own_is_not_taken_for_a_full_disk(monkeypatch):
     with pytest.raises(FileNotFoundError, match='prior.pt'): one()
 
 
-def test_an_attack_that_is_not_registered_any_more_has_a_name():
+def test_an_attack_that_is_not_registered_any_more_has_a_name(monkeypatch):
     found = one()
-    config = next(found.path.glob('decoder-*'))/'config.json'
-    config.write_text(config.read_text().replace('"decoder"', '"gone"'))
-    with pytest.raises(RunError, match='attacked by gone'): open_run(found.path.name)
+    monkeypatch.delitem(ATTACKS, 'decoder')
+    with pytest.raises(RunError, match='attacked by decoder'): open_run(found.path.name)
 
 
 def test_a_run_says_where_its_attacks_were_computed(monkeypatch):
