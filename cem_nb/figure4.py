@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from pydantic import BeforeValidator, Field
 
-from .core import Count, Positive, Record
-from .experiment import PRESETS, CEMSettings, Experiment
+from .core import Positive
+from .experiment import CEMSettings, Experiment
 from .methods import DEFENSES
-from .parameters import Cuts, Lams, NoiseStds, Seeds, as_items
+from .parameters import Cuts, Lams, NoiseStds, Seeds, SweepParameters, as_items
 from .style import COLORS
 from .tradeoff import (advantage_text, advantages, curve_points, cut_at, noise_rows, plane, plot_curve, points_between,
                              sweep_curves)
@@ -26,7 +26,7 @@ from .tradeoff import (advantage_text, advantages, curve_points, cut_at, noise_r
 Panels = Annotated[tuple[Literal['a', 'b', 'c', 'd'], ...], BeforeValidator(as_items), Field(min_length=1)]
 
 
-class Figure4Parameters(Record):
+class Figure4Parameters(SweepParameters):
     "What a reader can ask of Figure 4. Noise is the standard deviation on the feature."
     panels: Panels = ('a', 'b', 'c', 'd')
     noise_stds: NoiseStds = (0.1, 0.4)           # of a, b and c
@@ -36,11 +36,7 @@ class Figure4Parameters(Record):
     cuts: Cuts = (1, 2, 3)                       # of c
     alone: NoiseStds = (0.025, 0.1, 0.3)         # of d, without CEM; the first is the noise of CEM's curve
     strengths: Lams = (0.0, 16.0, 64.0)          # of d, with CEM
-    preset: PRESETS.Name = 'quick'
-    dataset: str = 'digits'
     seeds: Seeds = (0,)
-    device: str = 'auto'
-    workers: Count = 2
 
 # %% ../nbs/6_look/04_figure4.ipynb #620b5dd2
 class Curve(NamedTuple):
@@ -77,7 +73,7 @@ def figure4_runs(
 ) -> pd.DataFrame:
     "The runs of all curves, with columns panel, curve, knob and against; a run stands once for every curve it lies on."
     curves = {f'{c.panel}: {c.label}': c for c in figure4_curves(p)}
-    frame = sweep_curves(base, {name: c.rows for name, c in curves.items()}, p.seeds, device=p.device, workers=p.workers)
+    frame = sweep_curves(base, {name: c.rows for name, c in curves.items()}, p.seeds, device=p.device, backend=p.backend, n_jobs=p.n_jobs)
     told = [dict(panel=c.panel, curve=c.label, knob=c.knob, against=c.against) for c in map(curves.get, frame.curve)]
     return frame.drop(columns='curve').join(pd.DataFrame(told, frame.index))
 

@@ -4,13 +4,19 @@
 
 # %% auto #0
 __all__ = ['DIGESTS', 'DEPTH', 'FRESH', 'flush', 'write_whole', 'DamagedError', 'stamped', 'read_stamped', 'write_sealed',
-           'sealed_digests', 'read_sealed', 'state_of']
+           'sealed_digests', 'read_sealed', 'RunError', 'BusyError', 'writing', 'being_run', 'remove',
+           'write_then_rename', 'state_of']
 
 # %% ../nbs/1_base/02_files.ipynb #dfa6b9b9
-import hashlib, json, os, stat, time
+import hashlib, json, os, shutil, stat, time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .core import runs_dir
 
 # %% ../nbs/1_base/02_files.ipynb #21022947
 def flush(path: Path):
@@ -82,6 +88,65 @@ def read_sealed(path: Path) -> bytes:
     except FileNotFoundError: raise DamagedError(f'{path} is missing') from None
     if hashlib.sha256(data).hexdigest() == listed.get(path.name): return data
     raise DamagedError(f'{path} is not as it was written')
+
+# %% ../nbs/1_base/02_files.ipynb #8488b79d
+class RunError(RuntimeError):
+    "A run that could not be started or stored; the message says what to do."
+
+
+class BusyError(RunError):
+    "Another process is at this run just now."
+
+# %% ../nbs/1_base/02_files.ipynb #7ebc0b4b
+@contextmanager
+def writing(folder: Path):
+    "An error of the disk says what to do; other errors are left as they are."
+    try: yield
+    except OSError as e:
+        raise RunError(f'results cannot be written to {folder} ({e}); free some space or set CEM_RUNS to another folder, '
+                       'then start again: what is finished is kept') from e
+
+
+def _lock(final: Path) -> FileLock:
+    lock = runs_dir()/'.locks'/('-'.join(final.relative_to(runs_dir()).parts) + '.lock')
+    with writing(lock): lock.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(lock, timeout=0)
+
+
+def being_run(final: Path) -> bool:
+    "Whether some process is at this folder just now."
+    try:
+        with _lock(final): return False
+    except Timeout: return True
+
+
+def remove(folder: Path):
+    "Remove a run, or what is left of one. Raises `BusyError` while some process is at it."
+    lock = _lock(folder.with_name(folder.name.removesuffix('.part')))
+    try: lock.acquire()
+    except Timeout: raise BusyError(f'{folder.name} is being run by another process; stop it first') from None
+    try:
+        with writing(folder): shutil.rmtree(folder)
+    finally: lock.release()
+
+
+@contextmanager
+def write_then_rename(final: Path):
+    "A folder to write in; renamed to `final` at the end. Kept as it is if the run is interrupted. Raises `RunError`."
+    part, lock = final.with_name(final.name + '.part'), _lock(final)
+    with writing(part):
+        try: lock.acquire()
+        except Timeout: raise BusyError(f'{final.name} is being run by another process; wait for it, or stop it') from None
+    try:
+        if final.is_dir(): raise BusyError(f'{final.name} was finished by another process just now; start again')
+        with writing(part): part.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(final): raise RunError(f'{final} is no folder, so no run can have this name; remove it and start again')
+        yield part
+        with writing(part):
+            os.replace(part, final)
+            flush(final.parent)
+            for checkpoint in final.glob('checkpoint*'): checkpoint.unlink()  # not before: the rename may fail
+    finally: lock.release()
 
 # %% ../nbs/1_base/02_files.ipynb #f41daf53
 DEPTH = 4       # folders within folders; a link may lead back up

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Seeds', 'Lams', 'Cuts', 'NoiseStds', 'Methods', 'Attacks', 'ParameterError', 'as_items', 'as_numbers', 'as_floats',
-           'TableParameters', 'table_base', 'with_and_without', 'table_rows', 'read_parameters', 'changed']
+           'SweepParameters', 'TableParameters', 'table_base', 'with_and_without', 'table_rows', 'read_parameters',
+           'changed']
 
 # %% ../nbs/5_run/05_parameters.ipynb #9819c3bb
 import ast, difflib
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from .attack import ATTACKS
+from .backends import BACKENDS
 from .cem import CEMS
 from .core import Count, NonNegative, Positive, Record, Seed
 from .experiment import PRESETS, CEMSettings, Experiment, ModelSettings, preset
@@ -53,11 +55,18 @@ Methods = Annotated[tuple[DEFENSES.Name, ...], BeforeValidator(lambda v: tuple(D
 Attacks = Annotated[tuple[ATTACKS.Name, ...], BeforeValidator(as_items), Field(min_length=1)]
 
 # %% ../nbs/5_run/05_parameters.ipynb #9eaec499
-class TableParameters(Record):
-    "What a reader can ask of a table's notebook."
-    lam: NonNegative = CEMSettings().lam
+class SweepParameters(Record):
+    "What every notebook that computes runs can be asked: from which preset, on which data, and where."
     preset: PRESETS.Name = 'quick'
     dataset: str = 'digits'
+    device: str = 'auto'
+    backend: BACKENDS.Name = 'loky'
+    n_jobs: Count = 2
+
+
+class TableParameters(SweepParameters):
+    "What a reader can ask of a table's notebook."
+    lam: NonNegative = CEMSettings().lam
     methods: Methods = tuple(DEFENSES)
     noise_std: NonNegative = ModelSettings().noise_std
     seeds: Seeds = (0,)
@@ -66,8 +75,6 @@ class TableParameters(Record):
     restarts: Count = 1
     arch: NETWORKS.Name = ModelSettings().arch
     image_size: int | None = None  # None: the data set's own
-    device: str = 'auto'
-    workers: Count = 2
 
     def model_post_init(self, _):
         if self.lam and not self.noise_std: raise ValueError('CEM needs noise; give a noise_std > 0, or lam 0')

@@ -23,15 +23,15 @@ from .floors import FLOORS
 from .images import DataError, decode_picture
 from .methods import DEFENSES
 from .shelf import CPU, Chart, Shelf, beside, channels, figure_html, pixels, plot_floor_lines, plot_mixture, plot_shelf, png, reach_of
-from .store import BusyError, Run, RunError, busy, data_on, missing_parts, run, run_path
+from .store import Run, RunError, busy, data_on, missing_parts, run, run_path
 from .sweep import Pool
 from .training import DivergedError
 
 # %% ../nbs/6_look/08_playground.ipynb #a3c5323f
 class Trainer:
     "Trains runs in processes, says so in a bar and a line, and can be stopped: what is finished is kept, the rest is resumed."
-    def __init__(self, workers: int):
-        self.workers, self.pool, self.stopped, self.lock = workers, None, False, threading.Lock()
+    def __init__(self, n_jobs: int):
+        self.n_jobs, self.pool, self.stopped, self.lock = n_jobs, None, False, threading.Lock()
         self.bar = W.FloatProgress(min=0, max=1, description='training', layout=W.Layout(width='60%'))
         self.said = W.HTML('')
         self.stop_button = W.Button(description='stop', disabled=True, tooltip='stop the training; it can be resumed')
@@ -58,7 +58,7 @@ def _epochs(experiments: list[Experiment]) -> int:
 
 def _attempt(trainer: Trainer, experiments: list[Experiment], done: int, todo: int) -> Iterator[None]:
     "One pool for all of them; returns what went wrong, by the experiment's JSON."
-    trainer.pool = pool = Pool(partial(run, device=CPU), experiments, trainer.workers)
+    trainer.pool = pool = Pool(partial(run, device=CPU), experiments, trainer.n_jobs)
     wrong, start = {}, time.perf_counter()
     try:
         while not pool.finished and not trainer.stopped:
@@ -67,7 +67,6 @@ def _attempt(trainer: Trainer, experiments: list[Experiment], done: int, todo: i
             yield
         for e in () if trainer.stopped else experiments:
             try: found, _ = pool.outcome(e)
-            except BusyError: continue  # another process was faster
             except Exception as error: wrong[e.model_dump_json()] = f'{e.row}: {error}'  # whatever it is, the page lives on
             else:
                 if isinstance(found, DivergedError): wrong[e.model_dump_json()] = str(found)
@@ -208,7 +207,7 @@ class Playground(Shown):
     "The widgets laid out, and what they call. `display` it; `prepare` trains what a fresh machine lacks."
     def __init__(self, shelf: Shelf):
         super().__init__(shelf)
-        self.trainer = Trainer(shelf.p.workers)
+        self.trainer = Trainer(shelf.p.n_jobs)
         for w in (self.noise, self.lam, self.defense, self.cut, self.attack): w.observe(lambda _: self.refresh(), 'value')
         self.image.observe(lambda _: self.take(None), 'value')
         self.upload.observe(lambda _: self.uploaded(), 'value')

@@ -21,13 +21,13 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from .attack import ATTACKS, reconstruct
-from .core import Count, Positive, Record, Seed, finite_array, seeded
+from .core import Count, Positive, Seed, finite_array, seeded
 from .data import Split, to_float
-from .experiment import PRESETS, CEMSettings, Experiment, preset
+from .experiment import CEMSettings, Experiment, preset
 from .methods import DEFENSES
 from .models import SplitModel
 from .oracle import even_places, evenly_spaced
-from .parameters import as_items, with_and_without
+from .parameters import SweepParameters, as_items, with_and_without
 from .pictures import first_runs
 from .show import attack_label, rows_of
 from .ssim import ssim_zero
@@ -196,17 +196,13 @@ def _known(v: tuple) -> tuple: return v if v == ('all',) else tuple(map(DEFENSES
 Chosen = Annotated[tuple[str, ...], BeforeValidator(as_items), Field(min_length=1), AfterValidator(_known)]
 
 
-class Figure5Parameters(Record):
+class Figure5Parameters(SweepParameters):
     "What a reader can ask of Figure 5."
     lam: Positive = CEMSettings().lam
-    preset: PRESETS.Name = 'quick'
-    dataset: str = 'digits'
     methods: Chosen = ('No_defense', 'Bottleneck', 'Dropout', 'Noise_Nopeek')  # or all
     seed: Seed = 0
     attack: ATTACKS.Name = 'decoder'
     n_images: Count = 10_000  # test images among which the rule looks, at most
-    device: str = 'auto'
-    workers: Count = 2
 
 # %% ../nbs/6_look/05_rebuilt.ipynb #c86dc8f9
 def figure5_rows(p: Figure5Parameters) -> list[dict[str, Any]]:
@@ -221,7 +217,7 @@ def figure5_base(p: Figure5Parameters) -> Experiment:
 
 def figure5_runs(p: Figure5Parameters) -> pd.DataFrame:
     "The runs, from the store or computed."
-    return sweep(figure5_base(p), figure5_rows(p), device=p.device, workers=p.workers, seed=[p.seed])
+    return sweep(figure5_base(p), figure5_rows(p), device=p.device, backend=p.backend, n_jobs=p.n_jobs, seed=[p.seed])
 
 # %% ../nbs/6_look/05_rebuilt.ipynb #c507806e
 def figure5(

@@ -44,7 +44,7 @@ def stem(
 ) -> str:
     "The name of a result's files, without their ending."
     words = lambda v: '-'.join(map(_word, v if isinstance(v, tuple) else (v,))) or 'none'
-    others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device', 'workers')).items()]
+    others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device', 'backend', 'n_jobs')).items()]
     whole = '_'.join([name, *([] if p.dataset == 'committed' else [data_label(p.dataset), p.preset]), *others])
     return whole if len(whole) <= LONGEST else f'{whole[:LONGEST - 13]}_{_hash(whole, 12)}'
 
@@ -110,4 +110,4 @@ def table_result(
 ) -> pd.DataFrame | None:
     "The rows of a table: computed for a data set, or, for `dataset='committed'`, read; None if there is nothing to read."
     if p.dataset == 'committed': return committed(stem(committed_as or name, p))
-    return sweep(table_base(p), table_rows(p), device=p.device, workers=p.workers, seed=p.seeds)
+    return sweep(table_base(p), table_rows(p), device=p.device, backend=p.backend, n_jobs=p.n_jobs, seed=p.seeds)

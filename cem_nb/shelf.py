@@ -42,7 +42,7 @@ class PlaygroundParameters(Record):
     preset: PRESETS.Name = 'quick'
     dataset: str = 'digits'
     seed: Seed = 0
-    workers: Count = 2
+    n_jobs: Count = 2
 
 # %% ../nbs/6_look/07_shelf.ipynb #40c84151
 class Shelf:

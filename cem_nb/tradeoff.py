@@ -91,7 +91,7 @@ def sweep_curves(
     base: Experiment,
     curves: dict[str, list[dict[str, Any]]],  # name of a curve to its rows, as `sweep` takes them
     seeds: Iterable[int],
-    **how: Any,                               # device and workers of `sweep`
+    **how: Any,                               # device, backend and n_jobs of `sweep`
 ) -> pd.DataFrame:
     "The frame of `sweep` with columns `curve` and `sigma`, the noise on the feature; rows that are one experiment are one run."
     on = {name: {base.replace(**r).model_dump_json(): r for r in points} for name, points in curves.items()}

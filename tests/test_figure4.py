@@ -37,7 +37,7 @@ def frame_of(p, monkeypatch, capsys):
     "The runs of Figure 4, measured by what their settings say."
     compute = Computed()
     with monkeypatch.context() as m:
-        m.setattr('cem_nb.tradeoff.sweep', lambda base, rows, device, workers, **axes: sweep(base, rows, compute=compute, **axes))
+        m.setattr('cem_nb.tradeoff.sweep', lambda base, rows, device, backend, n_jobs, **axes: sweep(base, rows, compute=compute, **axes))
         frame = figure4_runs(BASE, p)
     return frame, compute, capsys.readouterr().out
 
@@ -188,7 +188,7 @@ def test_another_error_is_drawn():
 @pytest.mark.parametrize('given', [
     dict(panels='e'), dict(panels=''), dict(lam=0.0), dict(lam=-1.0), dict(noise_stds='0'), dict(noise_stds=''), dict(cuts='0'),
     dict(cuts='1.5'), dict(alone='x'), dict(strengths='-1'), dict(defense='Nobody'), dict(seeds='-1'), dict(preset='tiny'),
-    dict(workers=0), dict(panel='a')])
+    dict(n_jobs=0), dict(panel='a')])
 def test_what_cannot_be_asked(given):
     with pytest.raises(ValidationError): Figure4Parameters(**given)
     if 'panel' not in given:
@@ -213,7 +213,7 @@ def test_settings_go_to_sweep(monkeypatch):
         given.update(how, seeds=seeds, names=[*rows])
         return pd.DataFrame(dict(curve=[*rows]))
     monkeypatch.setattr(module, 'sweep_curves', curves)
-    p = Figure4Parameters(panels='d', seeds='3', device='cpu', workers=5)
+    p = Figure4Parameters(panels='d', seeds='3', device='cpu', backend='ray', n_jobs=5)
     frame = figure4_runs(Experiment(), p)
-    assert given == dict(seeds=(3,), device='cpu', workers=5, names=['d: noise alone', 'd: CEM at σ = 0.025'])
+    assert given == dict(seeds=(3,), device='cpu', backend='ray', n_jobs=5, names=['d: noise alone', 'd: CEM at σ = 0.025'])
     assert list(frame.curve) == ['noise alone', 'CEM at σ = 0.025'] and list(frame.panel) == ['d', 'd']

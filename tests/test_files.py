@@ -1,12 +1,49 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cem_nb import files
+from cem_nb.core import runs_dir
 from cem_nb.files import DIGESTS, DamagedError, read_sealed, read_stamped, stamped, state_of, write_sealed, write_whole
+
+NO_FLOCK = """
+import errno, fcntl, os, sys, warnings
+def refuse(*args): raise OSError(errno.ENOSYS, 'Function not implemented')
+if 'refuse' in sys.argv: fcntl.flock = refuse
+warnings.simplefilter('ignore')
+from pathlib import Path
+from cem_nb.core import runs_dir
+from cem_nb.files import BusyError, write_then_rename
+writing = write_then_rename(runs_dir()/'r')
+try: writing.__enter__()
+except BusyError: os._exit(3)
+print('at it', flush=True)
+sys.stdin.read(1)  # until killed, or told to end
+writing.__exit__(None, None, None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flock', ['as it is', 'refuse'])
+def test_never_two_writers_and_a_dead_one_lets_go(flock):
+    "On a file system without flock too, as some network file systems are."
+    start = lambda: subprocess.Popen([sys.executable, '-c', NO_FLOCK, flock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = start()
+    assert first.stdout.readline() == 'at it\n'
+    second = start()
+    assert second.wait(60) == 3 and not (runs_dir()/'r').exists()
+    first.kill()
+    first.wait()
+    third = start()
+    assert third.stdout.readline() == 'at it\n'
+    third.communicate('.')
+    assert third.returncode == 0 and (runs_dir()/'r').is_dir() and not (runs_dir()/'r.part').exists()
+
 
 OLD = 10**18  # nanoseconds: long ago
 

@@ -17,7 +17,7 @@ def test_papermills_shapes_mean_the_same():
     (dict(methods='Dropuot'), "no defence 'Dropuot'"), (dict(methods=''), 'methods'), (dict(seeds='a'), 'seeds'),
     (dict(attacks='gna'), "no attack 'gna'"), (dict(preset='quik'), "no preset 'quik'"), (dict(arch='vgg'), "no network 'vgg'"),
     (dict(noise_std=0.0), 'needs noise'), (dict(methods='No_defense'), 'no row with CEM'), (dict(restarts=0), 'restarts is 0'),
-    (dict(In=['# Parameters\nlma = 3']), "did you mean 'lam'?"), (dict(In=['# Parameters\nfoo = 3']), 'It has lam')])
+    (dict(In=['# Parameters\nlma = 3']), "did you mean 'lam'?"), (dict(In=['# Parameters\nfoo = 3']), 'It has preset')])
 def test_bad_parameters_are_named(bad, cause):
     with pytest.raises(ParameterError) as e: read_parameters(bad)
     assert cause in str(e.value) and len(str(e.value).splitlines()) == 1

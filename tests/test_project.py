@@ -144,7 +144,7 @@ def test_the_defaults_of_a_notebook_are_those_of_its_record(path, monkeypatch):
     last = next(i for i, s in enumerate(code) if 'read_parameters(globals()' in s)
     space = {}
     for s in code[:last + 1]: exec('\n'.join(line for line in s.splitlines() if not line.startswith('plot_')), space)
-    other = {'dataset', 'preset', 'arch', 'workers'} if re.search('_table[2-8]$', path.stem) else set()
+    other = {'dataset', 'preset', 'arch', 'n_jobs'} if re.search('_table[2-8]$', path.stem) else set()
     assert set(changed(space['p'])) <= other
 
 

@@ -213,7 +213,7 @@ def tiny(monkeypatch):
 
 
 def test_figure_5_of_trained_runs(tiny, tmp_path):
-    p = Figure5Parameters(methods='No_defense,Dropout', lam=4.0, seed=1, n_images=90, workers=1)
+    p = Figure5Parameters(methods='No_defense,Dropout', lam=4.0, seed=1, n_images=90, n_jobs=1)
     frame = figure5_runs(p)
     assert list(zip(frame.defense, frame.cem, frame.seed)) == [('No_defense', False, 1), ('Dropout', False, 1), ('Dropout', True, 1)]
     table, fig = figure5(p, frame)
@@ -244,11 +244,11 @@ def test_figure_5_of_trained_runs(tiny, tmp_path):
 
 
 def test_all_images_are_looked_at_unless_there_are_more_than_asked(tiny):
-    p = Figure5Parameters(methods='Bottleneck', attack='oracle', workers=1)
+    p = Figure5Parameters(methods='Bottleneck', attack='oracle', n_jobs=1)
     frame = figure5_runs(p)
     table, fig = figure5(p, frame)
     assert (table.n_images == 360).all() and any('oracle' in t.get_text() for ax in fig.axes for t in ax.texts)
-    few, _ = figure5(Figure5Parameters(methods='Bottleneck', attack='oracle', n_images=1, workers=1), frame)
+    few, _ = figure5(Figure5Parameters(methods='Bottleneck', attack='oracle', n_images=1, n_jobs=1), frame)
     assert set(few.image) == {0} and (few.groupby(['defense', 'cem']).mse.nunique() == 1).all()
 
 
@@ -279,7 +279,7 @@ def test_names_of_files():
     (dict(methods='Botleneck'), "no defence 'Botleneck'"), (dict(methods='all,Bottleneck'), "no defence 'all'"),
     (dict(methods=''), 'methods'), (dict(methods=3), 'methods'), (dict(lam=0.0), 'greater than 0'), (dict(lam='abc'), 'lam'),
     (dict(seed=-1), 'seed'), (dict(seed='0,1'), 'seed'), (dict(attack='decodr'), "no attack 'decodr'"),
-    (dict(preset='tiny'), "no preset 'tiny'"), (dict(n_images=0), 'n_images'), (dict(workers=0), 'workers')])
+    (dict(preset='tiny'), "no preset 'tiny'"), (dict(n_images=0), 'n_images'), (dict(n_jobs=0), 'n_jobs')])
 def test_what_cannot_be_asked(given, cause):
     with pytest.raises(ParameterError) as e: read_parameters(given, Figure5Parameters)
     assert cause in str(e.value) and next(iter(given)) in str(e.value) and '\n' not in str(e.value)

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import cem_nb.store as store
@@ -239,7 +240,7 @@ def test_full_disk_is_a_clear_error_and_costs_nothing(monkeypatch):
 def test_a_run_under_way_elsewhere_is_left_alone():
     path = run_path(TINY, store.data_on(TINY.data, torch.device('cpu'))[1])
     (runs_dir()/'.locks').mkdir(parents=True)
-    with store.FileLock(runs_dir()/'.locks'/f'{path.name}.lock'):
+    with FileLock(runs_dir()/'.locks'/f'{path.name}.lock'):
         with pytest.raises(RunError, match='another process'): one()
 
 

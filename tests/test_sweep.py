@@ -7,10 +7,12 @@ import sys
 import time
 
 import pandas as pd
+import psutil
 import pytest
 
 import cem_nb.store as store
 import cem_nb.sweep
+from cem_nb.backends import BACKENDS
 from cem_nb.cem import CEM, CEMS
 from cem_nb.core import runs_dir
 from cem_nb.data import DataError
@@ -26,7 +28,7 @@ from cem_nb.sweep import Pool, experiments, sweep
 DECODER = DecoderAttack(width=8, blocks=0, n_epochs=2, batch_size=64)
 ATTACKS = DECODER, GAN(width=8, blocks=0, n_epochs=2, batch_size=64, critic_width=4), Oracle(n_images=20)
 TINY = Experiment(attacks=(DECODER,)).replace(n_train=256, width=0.125, epochs=2, batch_size=64, lr=0.02)
-TIMES = ['seconds_train', 'seconds_decoder', 'date', 'hardware']
+TIMES = ['seconds_train', 'seconds_decoder', 'resumed_train', 'resumed_decoder', 'date', 'hardware']
 
 
 def test_axes_are_multiplied_with_rows():
@@ -127,7 +129,7 @@ def test_where_something_is_chosen_no_test_score_is_shown(capsys):
 
 @pytest.mark.slow
 def test_workers_give_what_one_process_gives(monkeypatch):
-    a = sweep(TINY, workers=2, seed=[0, 1], cem=[False, True], decoder__width=[8, 4])  # two attacks on each training
+    a = sweep(TINY, n_jobs=2, seed=[0, 1], cem=[False, True], decoder__width=[8, 4])  # two attacks on each training
     monkeypatch.setenv('CEM_RUNS', os.environ['CEM_RUNS'] + '2')
     b = sweep(TINY, seed=[0, 1], cem=[False, True], decoder__width=[8, 4])
     pd.testing.assert_frame_equal(a.drop(columns=TIMES), b.drop(columns=TIMES), check_exact=True)
@@ -137,8 +139,8 @@ def test_what_a_worker_cannot_import_is_run_here(monkeypatch):
     "A worker would not know a variant of CEM that is registered outside the package."
     class Mine(CEM): pass
     monkeypatch.setitem(CEMS, 'mine', Mine)
-    monkeypatch.setattr(cem_nb.sweep, '_in_workers', None)  # would be a TypeError
-    assert sweep(TINY, [dict(lam=16.0, variant='mine')], workers=2, seed=[0, 1]).acc_test.notna().all()
+    monkeypatch.setitem(BACKENDS, 'loky', None)  # would be a TypeError
+    assert sweep(TINY, [dict(lam=16.0, variant='mine')], n_jobs=2, seed=[0, 1]).acc_test.notna().all()
 
 
 def dying(e): os.kill(os.getpid(), signal.SIGKILL)
@@ -146,7 +148,7 @@ def dying(e): os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_a_clear_error():
-    with pytest.raises(RunError, match='fewer workers'): sweep(TINY, compute=dying, workers=2, seed=[0, 1])
+    with pytest.raises(RunError, match='fewer jobs'): sweep(TINY, compute=dying, n_jobs=2, seed=[0, 1])
 
 
 def chatty(e):
@@ -156,10 +158,13 @@ def chatty(e):
 
 
 def test_a_worker_that_nobody_listens_to_ends():
+    before = len(psutil.Process().children(recursive=True))
     pool = Pool(chatty, [TINY], 1)
     with pytest.raises(RunError, match='done'): pool.outcome(TINY)
+    assert len(psutil.Process().children(recursive=True)) > before
     pool.stop()
-    assert not any(w.is_alive() for w in pool._workers)
+    deadline = time.time() + 20
+    while len(psutil.Process().children(recursive=True)) > before: assert time.time() < deadline
 
 
 def test_epochs_are_counted_and_a_stopped_pool_says_so():

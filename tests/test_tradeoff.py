@@ -197,14 +197,14 @@ def test_a_run_that_diverged_stays_a_row_of_its_curve():
 
 
 def test_curves_go_through_sweep(monkeypatch):
-    "With device and workers as they were given."
+    "With device and n_jobs as they were given."
     given = {}
     def swept(base, rows, **how):
         given.update(how)
-        return cem_nb.sweep.sweep(base, rows, compute=Computed(), **{k: v for k, v in how.items() if k not in ('device', 'workers')})
+        return cem_nb.sweep.sweep(base, rows, compute=Computed(), **{k: v for k, v in how.items() if k not in ('device', 'n_jobs')})
     monkeypatch.setattr(tradeoff, 'sweep', swept)
-    sweep_curves(BASE, CURVES, (0,), device='cpu', workers=3)
-    assert (given['device'], given['workers'], given['seed']) == ('cpu', 3, (0,))
+    sweep_curves(BASE, CURVES, (0,), device='cpu', n_jobs=3)
+    assert (given['device'], given['n_jobs'], given['seed']) == ('cpu', 3, (0,))
 
 
 def made(seeds=(0, 1)):
