@@ -200,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument('to', help='FILE.parquet, FILE.csv, or with --mlflow an address such as sqlite:///mlflow.db')
     export.add_argument('--mlflow', action='store_true', help='log the runs to MLflow; those that are there already are passed over')
     removing = add('prune', 'Remove what was stopped (and would be resumed), diverged, or is damaged. Says what, and does it with --yes.')
-    removing.add_argument('states', nargs='+', choices=['stopped', 'diverged', 'damaged'], metavar='STATE', help='stopped, diverged, damaged')
+    removing.add_argument('states', nargs='+', choices=['stopped', 'diverged', 'damaged'], metavar='STATE',
+                          help='stopped, diverged, damaged')
     removing.add_argument('--yes', action='store_true', help='do it')
     return top
 
