@@ -178,6 +178,7 @@ def entropy_quadrature(
 ) -> Tensor:              # H(z), nats, float64
     "Entropy of a mixture in one dimension, by the trapezoid rule from 12 deviations below it to 12 above."
     w, mu, s = checked_mixture(weights, means, covariances)
+    if mu.shape[1] != 1: raise ValueError(f'the means have {mu.shape[1]} dimensions; quadrature is for one, entropy_mc for more')
     reach = 12*s.max().sqrt()
     t = torch.linspace((mu.min() - reach).item(), (mu.max() + reach).item(), points).to(mu)[:, None]
     log_p = (component_log_prob(t, mu, s) + _log_weights(w)).logsumexp(1)

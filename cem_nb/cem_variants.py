@@ -183,6 +183,7 @@ class ReleaseCEM(LetterCEM):
 
     def labelled(self, z_hat, y):
         "`y`, if it has a label that is a class for every feature; else `ValueError`."
+        if y is None: raise ValueError('the release fits each class by itself; give labels, one for each feature')
         if len(y) == len(z_hat) and ((y >= 0) & (y < self.n_classes)).all(): return y
         raise ValueError(f'{len(y)} labels for {len(z_hat)} features; give one for each, at least 0 and below {self.n_classes}')
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import Count, NonNegative, Positive, Registry, number, register
+from .core import Count, NonNegative, Positive, Registry, number, register, whole
 
 # %% ../nbs/1_base/07_models.ipynb #bc0063a9
 class SplitModel(nn.Module):
@@ -167,7 +167,7 @@ def split_model(
     drop: float = 0.0,           # dropout on the feature, in [0, 1)
 ) -> SplitModel:
     "A classifier cut in two, as in Section 5.1. Raises `ValueError` for a network or a cut that does not exist."
-    network = NETWORKS[arch]
+    network, n_classes, width = NETWORKS[arch], whole(n_classes=n_classes), number(width=width, above=0)
     cut = network.cut if cut is None else cut
     c = _scaled(extra, width) if extra else in_channels
     encoder, server = network.halves(n_classes, c, image_size, width, cut, bottleneck)

@@ -75,6 +75,7 @@ def mean_interval(
 ) -> tuple[float, float]:
     "Mean, and half-width of Student's 95 % interval: nan for a single value."
     v = np.asarray(values, dtype=float)
+    if not len(v): raise ValueError('there are no values to take the mean of; give at least one')
     if len(v) < 2: return v.mean(), math.nan
     return v.mean(), stats.t.ppf(0.975, len(v) - 1)*v.std(ddof=1)/math.sqrt(len(v))
 

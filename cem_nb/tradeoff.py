@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from numpy.typing import ArrayLike
 
-from .core import finite_array
+from .core import finite_array, number
 from .experiment import Experiment, ModelSettings
 from .methods import make_defense  # and every row is registered
 from .models import NETWORKS
@@ -33,7 +33,7 @@ def noise_rows(
     **settings: Any,               # of every row, such as lam
 ) -> list[dict[str, Any]]:         # for `sweep`
     "A row for every defence and noise."
-    stds, params = list(noise_stds), settings.get('params')
+    stds, params = [number(noise_std=s) for s in noise_stds], settings.get('params')
     return [dict(defense=d, noise_std=s/make_defense(d, params).noise_factor, **settings) for d in defenses for s in stds]
 
 

@@ -48,6 +48,7 @@ def accuracy(
     batch_size: int = 500,
 ) -> float:  # in [0, 1]
     "Share of images that the server classifies right, noise included. `DivergedError` if its answers are not finite."
+    if not len(images): raise ValueError('there are no images to classify; give a split that is not empty')
     model.eval()
     right = finite = torch.zeros((), dtype=torch.int64, device=images.x.device)
     with seeded(seed, 'accuracy', device=images.x.device):
