@@ -11,7 +11,6 @@ __all__ = ['FLOORS', 'PARTS', 'Params', 'LOOKS', 'KEPT', 'Floors', 'floors_from'
 import math, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -21,15 +20,15 @@ import torch
 from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from scipy import stats
 from torch import Tensor
 
 from .bounds import mutual_information_bound
 from .cem import CEM
 from .core import finite_array, whole
-from .files import write_whole
 from .data import Split, to_float
+from .files import DamagedError, read_stamped, stamped, write_whole
 from .fisher import GaussianPrior, fisher_diag, fit_prior, van_trees_diag
 from .mixture import GaussianMixture
 from .models import SplitModel, evaluating
@@ -152,20 +151,21 @@ def fit_exponential(
     return Fit(found.intercept, found.slope, half, found.rvalue, low, high, n)
 
 # %% ../nbs/6_look/02_floors.ipynb #cf6242b7
-KEPT = 'floors-1.safetensors'  # another number when they are fitted otherwise
+KEPT = 'floors-1-{}.safetensors'  # another number when they are fitted otherwise; the weights that they are of
 
 
 def floors_of(run: Run) -> Floors:
     "The floors of a run, fitted once and kept beside it. Raises `RunError` and `DataError`."
-    path = run.path/KEPT
+    path = run.path/KEPT.format(run.weights[:12])
     if path.is_file():
-        try: return floors_from(load_file(path))
-        except (OSError, SafetensorError, KeyError) as e: warnings.warn(f'{path} cannot be read ({e}); the floors are fitted again')
+        try: return floors_from(safetensors.load(read_stamped(path)))
+        except (OSError, DamagedError, SafetensorError, KeyError) as e:
+            warnings.warn(f'{path} cannot be read ({e}); the floors are fitted again')
     data, _ = data_on(run.experiment.data, torch.device('cpu'))
     floors = fit_floors(run.model(), data.train, data.n_classes)
     tensors = {k: t.cpu().contiguous() for k, t in floors.tensors().items()}
-    try: write_whole(path, partial(save_file, tensors))
-    except (OSError, SafetensorError) as e:
+    try: write_whole(path, lambda part: part.write_bytes(stamped(safetensors.save(tensors))))
+    except OSError as e:
         warnings.warn(f'{path} could not be written ({e}); the floors are fitted again the next time')
     return floors
 

@@ -165,10 +165,15 @@ class Run:
         "Scores on `train`, `val` and `test` images, curves, seconds and provenance of an attack."
         return _read(self._attacked(self._settings(name)), 'result')
 
+    @property
+    def weights(self) -> str:
+        "Digest of the trained weights."
+        return _digest_of_weights(self.path)
+
     def _attacked(self, a: Attack) -> Path:
         "The folder of an attack on this run's weights."
         folder = attack_path(self.path, a)
-        if _config(folder, _attack_name)['victim'] == _digest_of_weights(self.path): return folder
+        if _config(folder, _attack_name)['victim'] == self.weights: return folder
         raise RunError(f'{folder} is an attack on other weights than those beside it; remove it and start again')
 
     def _data(self, device) -> ImageData:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from scipy import stats
 from torch import nn
 
@@ -17,6 +17,7 @@ from cem_nb.cem import CEM
 from cem_nb.data import Split, to_float
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
+from cem_nb.files import read_stamped, stamped
 from cem_nb.floors import (FLOORS, KEPT, Floors, entropy_of, fit_exponential, fit_floors, fit_table, floor_of, floors_from, floors_of,
                            plot_errors, plot_floors, with_floors)
 from cem_nb.mixture import GaussianMixture
@@ -176,34 +177,45 @@ def never(*a, **k): raise AssertionError('fitted again')
 def one(): return run(TINY)
 
 
+def kept(r): return r.path/KEPT.format(r.weights[:12])
+
+
+def test_floors_of_other_weights_are_not_taken(one):
+    other = run(TINY.replace(seed=1))
+    want = floors_of(one).table(NOISES)
+    (other.path/kept(one).name).write_bytes(kept(one).read_bytes())
+    assert not floors_of(other).table(NOISES).equals(want)
+
+
 def test_floors_are_fitted_once_and_kept_beside_the_run(one, monkeypatch, recwarn):
     first = floors_of(one)
-    assert (one.path/KEPT).is_file() and not [*one.path.glob('*.part')]
+    assert kept(one).is_file() and not [*one.path.glob('*.part')]
     monkeypatch.setattr(module, 'fit_floors', never)
     assert floors_of(open_run(one.path.name)).table(NOISES).equals(first.table(NOISES)) and not recwarn.list
     assert open_run(one.path.name).attack('decoder')['finished']  # what lies there is no attack
 
 
-@pytest.mark.parametrize('damage', ['cut', 'text', 'empty', 'a tensor less'])
+@pytest.mark.parametrize('damage', ['cut', 'text', 'empty', 'a tensor less', 'a bit'])
 def test_a_damaged_file_is_fitted_again(one, damage):
-    first, path = floors_of(one).table(NOISES), one.path/KEPT
-    if damage == 'a tensor less': save_file({k: v for k, v in load_file(path).items() if k != 'information'}, path)
-    else: path.write_bytes(dict(cut=path.read_bytes()[:-100], text=b'no tensors at all', empty=b'')[damage])
+    first, path = floors_of(one).table(NOISES), kept(one)
+    tensors, whole = safetensors.load(read_stamped(path)), path.read_bytes()
+    less = stamped(safetensors.save({k: v for k, v in tensors.items() if k != 'information'}))
+    path.write_bytes({'cut': whole[:-100], 'text': b'no tensors at all', 'empty': b'', 'a tensor less': less,
+                      'a bit': whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]}[damage])
     with pytest.warns(UserWarning, match='fitted again'): assert floors_of(one).table(NOISES).equals(first)
-    assert floors_from(load_file(path)).table(NOISES).equals(first)
+    assert floors_from(safetensors.load(read_stamped(path))).table(NOISES).equals(first)
 
 
 def test_a_full_disk_is_a_warning(one, monkeypatch):
-    def full(tensors, path):
-        path.write_bytes(b'half')
+    def full(path, write):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(module, 'save_file', full)
+    monkeypatch.setattr(module, 'write_whole', full)
     with pytest.warns(UserWarning, match='could not be written'): floors = floors_of(one)
-    assert len(floors.table([0.1])) == 1 and not [*one.path.glob('*.part')] and not (one.path/KEPT).exists()
+    assert len(floors.table([0.1])) == 1 and not [*one.path.glob('*.part')] and not kept(one).exists()
 
 
 def test_something_in_the_way_is_a_warning(one):
-    (one.path/KEPT).mkdir()
+    kept(one).mkdir()
     with pytest.warns(UserWarning, match='could not be written'): floors_of(one)
     assert not [*one.path.glob('*.part')]
 
