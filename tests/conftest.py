@@ -9,6 +9,7 @@ import torch
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: runs whole notebooks or processes; deselect with -m "not slow"')
+    config.addinivalue_line('markers', 'faults: kills, full disks, power cuts, lost machines; run by -m faults only')
 
 
 @pytest.fixture(autouse=True)
