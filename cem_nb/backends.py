@@ -7,7 +7,7 @@ __all__ = ['BACKENDS', 'RETRIES', 'HOURS', 'MissingBackend', 'Executor', 'in_one
            'DaskTasks', 'SlurmJobs']
 
 # %% ../nbs/1_base/09_backends.ipynb #229af342
-import os, threading, time
+import math, os, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -17,14 +17,15 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend import get_context
 
 from .core import Registry, register, runs_dir
+from .files import RunError
 from .loop import Progress
 
 # %% ../nbs/1_base/09_backends.ipynb #ccf4302d
 BACKENDS = Registry('backend')
 
 
-class MissingBackend(RuntimeError):
-    "A backend that is not installed; the message says how to install it."
+class MissingBackend(RunError):
+    "A backend that is not installed, or does not do what is asked; the message says what to do."
 
 
 class Executor:
@@ -41,11 +42,15 @@ class Executor:
         "End what is under way."
 
 
+_ONE_AT_A_TIME = threading.RLock()  # in a process: its random numbers, working directory and threads are one
+
+
 def in_one_thread(function: Callable, *args) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: return function(*args)
-    finally: torch.set_num_threads(before)
+    with _ONE_AT_A_TIME:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try: return function(*args)
+        finally: torch.set_num_threads(before)
 
 
 @register(BACKENDS, 'here')
@@ -84,7 +89,7 @@ class Processes(Executor):
     def stop(self): self._pool.shutdown(kill_workers=True)
 
 # %% ../nbs/1_base/09_backends.ipynb #83127f96
-RETRIES = 5  # of what was lost with its machine
+RETRIES = 5  # of what was lost with its machine, with Ray; Dask has its own allowed-failures
 
 
 def _import(name: str, extra: str):
@@ -101,7 +106,9 @@ class RayTasks(Executor):
         if self._mine:
             alone = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=n_jobs, include_dashboard=False)
             ray.init(log_to_driver=False, logging_level='ERROR', **alone)
-        share = min(1.0, max(1, ray.cluster_resources().get('GPU', 0))/n_jobs) if gpu else 0
+        gpus = int(ray.cluster_resources().get('GPU', 0))
+        if gpu and not gpus: raise MissingBackend('the Ray cluster has no GPU; choose device cpu, or add a node that has one')
+        share = 1/math.ceil(n_jobs/gpus) if gpu else 0
         self._task = ray.remote(in_one_thread).options(num_cpus=1, num_gpus=share, max_retries=RETRIES)
 
     def submit(self, function, *args):
@@ -115,12 +122,13 @@ class RayTasks(Executor):
 
 @register(BACKENDS, 'dask')
 class DaskTasks(Executor):
-    "Tasks of a Dask cluster."
+    "Tasks of a Dask cluster. A script needs `if __name__ == '__main__'`; what a cluster's worker is at when all is stopped, it ends."
     def __init__(self, n_jobs, gpu=False):
+        if gpu: raise MissingBackend('backend dask does not place runs on GPUs; choose ray or slurm, or device cpu')
         distributed, address = _import('distributed', 'dask'), os.environ.get('DASK_SCHEDULER_ADDRESS')
         alone = {} if address else dict(n_workers=n_jobs, threads_per_worker=1, dashboard_address=None)
         self._client = distributed.Client(address, **alone)
-        self._pool = self._client.get_executor(pure=False, retries=RETRIES)
+        self._pool = self._client.get_executor(pure=False)
 
     def submit(self, function, *args): return self._pool.submit(in_one_thread, function, *args)
 

@@ -315,7 +315,9 @@ def _read(dataset: str, image_size: int | None):
 
 # %% ../nbs/1_base/05_data.ipynb #3582d284
 @lru_cache(maxsize=4)
-def _loaded(dataset: str, n_train: int | None, val_frac: float, image_size: int | None, state: str | None) -> ImageData:
+def _loaded(source: Source | None, state: str | None, dataset: str, n_train: int | None, val_frac: float,
+            image_size: int | None) -> ImageData:
+    "`source` and `state` are what tells one call from another that asks for the same."
     classes, full, test, augment = _read(dataset, image_size)
     if image_size and full.x.shape[-1] != image_size:
         raise DataError(f'{dataset} has images of {full.x.shape[-1]} pixels; leave image_size out')
@@ -323,11 +325,10 @@ def _loaded(dataset: str, n_train: int | None, val_frac: float, image_size: int 
     return ImageData(dataset, tuple(classes), train, val, test, augment)
 
 
-def _state(dataset: str) -> str | None:
+def _state(dataset: str, source: Source | None) -> str | None:
     "What changes with the files of a data set; None if that cannot be said, so that it is read again."
     if dataset.startswith('folder:'): return state_of(_find_folder(dataset.removeprefix('folder:')))
-    source = DATASETS[dataset] if dataset in DATASETS else None
-    return f'{id(source.load)} {state}' if source and source.folder and (state := state_of(source.folder())) else None
+    return state_of(source.folder()) if source and source.folder else None
 
 
 def load_data(
@@ -341,5 +342,6 @@ def load_data(
     Raises `DataError` for an unknown name, a missing or corrupt file, an empty class or a wrong checksum."""
     if image_size is not None and (image_size < 8 or image_size % 4):
         raise DataError(f'image_size is {image_size}; give a multiple of 4, at least 8')
-    state = _state(dataset)
-    return (_loaded if state else _loaded.__wrapped__)(dataset, n_train, val_frac, image_size, state)
+    source = DATASETS[dataset] if dataset in DATASETS else None
+    state = _state(dataset, source)
+    return (_loaded if state else _loaded.__wrapped__)(source, state, dataset, n_train, val_frac, image_size)

@@ -177,7 +177,8 @@ def with_floors(
     "The frame with columns `sigma`, the noise on the feature, and `floor_<name>`; nan for a run that diverged."
     sigma, rows = feature_noise(frame), []
     for name, s in zip(frame.run if 'run' in frame else [math.nan]*len(frame), sigma):
-        rows.append({n: math.nan if pd.isna(name) else floors_of(opened(name)).mse(n, s) for n in FLOORS})
+        floors = None if pd.isna(name) else floors_of(opened(name))
+        rows.append({n: floors.mse(n, s) if floors else math.nan for n in FLOORS})
     return frame.assign(sigma=sigma, **pd.DataFrame(rows, frame.index).add_prefix('floor_'))
 
 # %% ../nbs/6_look/02_floors.ipynb #8b1a48fa

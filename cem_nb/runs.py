@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'stored_runs', 'verify', 'run_table', 'export_table', 'export_mlflow', 'prunable', 'prune', 'main']
 
 # %% ../nbs/5_run/12_runs.ipynb #8790eb91
-import argparse, math, shutil, sys, textwrap
+import argparse, math, re, sys, textwrap, warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 
 from .core import runs_dir
-from .files import RunError, being_run, remove, write_whole
+from .attack import ATTACKS, attack_from
+from .files import DamagedRunError, RunError, being_run, remove, write_whole
 from .loop import epochs_in
-from .store import Run, open_run, sealed_problems
+from .store import Run, open_run, sealed_problems, stored_attacks
 from .sweep import result_row
 from .training import DivergedError
 
@@ -29,7 +30,7 @@ def _folders() -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')) if root.is_dir() else []
 
 
-def _attacks(folder: Path) -> list[str]: return sorted({p.name.rsplit('-', 1)[0] for p in folder.iterdir() if p.is_dir()})
+def _attacks(folder: Path) -> list[Path]: return sorted(p for p in folder.iterdir() if p.is_dir() and p.suffix != '.part')
 
 
 def _opened(name: str) -> tuple[str, Run | None, dict]:
@@ -38,61 +39,76 @@ def _opened(name: str) -> tuple[str, Run | None, dict]:
         run = open_run(name, ())
         return 'finished', run, run.result
     except DivergedError: return 'diverged', run, {}
-    except RunError: return 'damaged', None, {}
-    except ValueError: return 'unknown', None, {}
+    except DamagedRunError: return 'damaged', None, {}
+    except (RunError, ValueError): return 'unknown', None, {}
+
+
+def _whole(part: Path) -> Path: return part.with_name(part.name.removesuffix('.part'))
 
 
 def _entry(folder: Path) -> dict[str, Any]:
     "A line of `stored_runs`."
     size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())/2**20
     if folder.suffix == '.part':
-        final = folder.with_name(folder.name.removesuffix('.part'))
+        final = _whole(folder)
         state, epochs = 'running' if being_run(final) else 'stopped', epochs_in(folder/'checkpoint.pt')
         return dict(run=final.name, state=state, epochs=epochs, attacks='', megabytes=size)
     state, run, result = _opened(folder.name)
-    if any(map(being_run, (p.with_name(p.name.removesuffix('.part')) for p in folder.glob('*.part')))): state = 'running'
+    if any(map(being_run, map(_whole, folder.glob('*.part')))): state = 'running'
     told = dict(dataset=run.experiment.data.dataset, preset=run.experiment.preset, epochs=run.experiment.training.epochs) if run else {}
-    return dict(run=folder.name, state=state, **told, attacks=', '.join(_attacks(folder)), seconds=result.get('seconds', math.nan),
+    attacks = ', '.join(sorted({p.name.rsplit('-', 1)[0] for p in _attacks(folder)}))
+    return dict(run=folder.name, state=state, **told, attacks=attacks, seconds=result.get('seconds', math.nan),
                 date=result.get('date', ''), megabytes=size)
 
 
 def stored_runs() -> pd.DataFrame:  # one line a folder: run, state, dataset, preset, epochs, attacks, seconds, date, megabytes
     "What is in the store."
     columns = 'run', 'state', 'dataset', 'preset', 'epochs', 'attacks', 'seconds', 'date', 'megabytes'
-    return pd.DataFrame([_entry(p) for p in _folders()], columns=columns)
+    found = []
+    for p in _folders():
+        try: found.append(_entry(p))
+        except FileNotFoundError: pass  # it got its final name, or went, just now
+    return pd.DataFrame(found, columns=columns)
 
 # %% ../nbs/5_run/12_runs.ipynb #56131299
-def _problems_of_attacks(name: str) -> list[str]:
-    try: run = open_run(name)
-    except (RunError, ValueError) as e: return [str(e)]
-    found = []
-    for a in run.experiment.attacks:
-        try: run.attack(a.name)
-        except RunError as e: found.append(str(e))
-    return found
+def _known(folder: Path) -> Run:
+    "A run with those of its attacks that are registered here, of each name the newest."
+    return open_run(folder.name, tuple(attack_from(r) for name, r in stored_attacks(folder).items() if name in ATTACKS))
+
+
+def _wrong(folder: Path) -> list[str]:
+    "What opening a run or an attack would find out, beside digests."
+    run = folder.parent if folder.parent != runs_dir() else folder
+    try:
+        opened = _known(run)
+        opened.result
+        for a in opened.experiment.attacks if folder == run else (): opened.attack(a.name)
+    except DamagedRunError as e: return [str(e)]
+    except (RunError, DivergedError, ValueError): pass  # not known to be damaged
+    return []
 
 
 def verify(
     names: Iterable[str] = (),     # of runs; none: all that have their final name
-) -> dict[str, list[str]]:         # run to what is wrong with it; empty if all is well
+) -> dict[str, list[str]]:         # run, or run/attack, to what is wrong with it; empty if all is well
     "Read all files of runs, and compare digests, settings and names. Raises `RunError` for a run that is not there."
     found = {}
     for name in names or [p.name for p in _folders() if p.suffix != '.part']:
         folder = runs_dir()/name
         if not folder.is_dir(): raise RunError(f'there is no run {name} in {runs_dir()}; see cem-nb runs list')
-        parts = [folder, *(p for p in folder.iterdir() if p.is_dir() and p.suffix != '.part')]
-        problems = [message for p in parts for message in sealed_problems(p)]
-        state, _, _ = _opened(name)
-        if state == 'finished' and not problems: problems = _problems_of_attacks(name)
-        if state == 'damaged' and not problems: problems = ['its settings are not those of its name']
-        if problems: found[name] = problems
+        wrong = {str(p.relative_to(runs_dir())): sealed_problems(p) for p in (folder, *_attacks(folder))}
+        if not any(wrong.values()): wrong[name] = _wrong(folder)
+        found |= {place: problems for place, problems in wrong.items() if problems}
     return found
 
 # %% ../nbs/5_run/12_runs.ipynb #55390611
 def run_table() -> pd.DataFrame:
-    "A row for each finished run, with the newest attack of each name."
-    names = [name for name, state in stored_runs()[['run', 'state']].itertuples(index=False) if state == 'finished']
-    return pd.DataFrame([result_row(run.experiment, run) for run in map(open_run, names)])
+    "A row for each finished run, with the newest attack of each name that is registered here. Warns of runs that are damaged."
+    names, rows = [name for name, state in stored_runs()[['run', 'state']].itertuples(index=False) if state == 'finished'], []
+    for name in names:
+        try: rows.append(result_row((run := _known(runs_dir()/name)).experiment, run))
+        except RunError as e: warnings.warn(f'{name} is left out: {e}')
+    return pd.DataFrame(rows)
 
 
 def export_table(path: Path):
@@ -107,8 +123,8 @@ def export_table(path: Path):
 
 def _kinds(row: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     "What was measured, and what was set, as a tracker tells them apart."
-    measured = ('acc_', 'mse_', 'ssim_', 'psnr_', 'seconds_', 'l_d', 'l_c')
-    numbers = {k: float(v) for k, v in row.items() if k.startswith(measured) and not isinstance(v, str) and not pd.isna(v)}
+    measured = re.compile('.*_(train|val|test)(_.*)?|seconds_.*|l_[dc]_last')
+    numbers = {k: float(v) for k, v in row.items() if measured.fullmatch(k) and isinstance(v, float | int) and not pd.isna(v)}
     return numbers, {k: str(v) for k, v in row.items() if k not in numbers}
 
 
@@ -116,20 +132,24 @@ def export_mlflow(
     uri: str,                           # of MLflow's tracking store, such as sqlite:///mlflow.db or http://host:5000
     experiment: str = 'cem_nb',
 ) -> int:
-    "Log every finished run that is not there yet; how many. Raises `RunError` without MLflow."
-    try: from mlflow import MlflowClient
+    "Log every finished run that is not there yet; how many. Raises `RunError` without MLflow, or where it cannot be reached."
+    try:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
     except ImportError: raise RunError('this needs MLflow; pip install "cem_nb[mlflow]"') from None
-    client = MlflowClient(uri)
-    there = client.get_experiment_by_name(experiment)
-    where = there.experiment_id if there else client.create_experiment(experiment)
-    known = {r.info.run_name for r in client.search_runs([where], max_results=50_000)}
-    rows = [row for row in run_table().to_dict('records') if row['run'] not in known]
-    for row in rows:
-        numbers, settings = _kinds(row)
-        logged = client.create_run(where, run_name=row['run']).info.run_id
-        for k, v in settings.items(): client.log_param(logged, k, v)
-        for k, v in numbers.items(): client.log_metric(logged, k, v)
-        client.set_terminated(logged)
+    try:
+        client = MlflowClient(uri)
+        there = client.get_experiment_by_name(experiment)
+        where = there.experiment_id if there else client.create_experiment(experiment)
+        logged = client.search_runs([where], "attributes.status = 'FINISHED'", max_results=50_000)  # one that was cut off is logged again
+        rows = [row for row in run_table().to_dict('records') if row['run'] not in {r.info.run_name for r in logged}]
+        for row in rows:
+            numbers, settings = _kinds(row)
+            run = client.create_run(where, run_name=row['run']).info.run_id
+            client.log_batch(run, [Metric(k, v, 0, 0) for k, v in numbers.items()], [Param(k, v) for k, v in settings.items()])
+            client.set_terminated(run)
+    except MlflowException as e: raise RunError(f'{uri} cannot be written ({str(e).splitlines()[0]}); see that it is MLflow\'s') from None
     return len(rows)
 
 # %% ../nbs/5_run/12_runs.ipynb #43c80b57
@@ -140,9 +160,11 @@ def prunable(
     states = set(states)
     if odd := states - {'stopped', 'diverged', 'damaged'}:
         raise ValueError(f'{", ".join(sorted(odd))} cannot be pruned; choose among stopped, diverged, damaged')
-    listed = stored_runs()
-    chosen = listed[listed.state.isin(states)]
-    return [runs_dir()/(run + '.part'*(state == 'stopped')) for run, state in zip(chosen.run, chosen.state)]
+    listed, root = stored_runs(), runs_dir()
+    found = [root/name for name in listed.run[listed.state == 'diverged']] if 'diverged' in states else []
+    if 'damaged' in states: found += [root/place for place in verify()]
+    if 'stopped' in states: found += [p for p in (*root.glob('*.part'), *root.glob('*/*.part')) if p.is_dir() and not being_run(_whole(p))]
+    return sorted(found)
 
 
 def prune(folders: Iterable[Path]):
@@ -157,10 +179,12 @@ def _show(name: str):
 
 
 def _list(states: list[str]):
+    if odd := set(states) - set(STATES): raise ValueError(f'no state {", ".join(sorted(odd))}; choose among {", ".join(STATES)}')
     frame = stored_runs()
     if states: frame = frame[frame.state.isin(states)]
     if frame.empty: return print(f'no runs in {runs_dir()}')
-    told = frame.assign(seconds=frame.seconds.map('{:.0f}'.format), megabytes=frame.megabytes.map('{:.1f}'.format))
+    told = frame.assign(epochs=frame.epochs.astype('Int64'), seconds=frame.seconds.map('{:.0f}'.format),
+                        megabytes=frame.megabytes.map('{:.1f}'.format))
     print(told.astype(object).where(frame.notna(), '').to_string(index=False))
     print(f'{len(frame)} in {runs_dir()}, {frame.megabytes.sum():.1f} MB')
 
@@ -174,9 +198,9 @@ def _verify(names: list[str]) -> int:
 
 def _prune(states: list[str], yes: bool):
     folders = prunable(states)
-    for p in folders: print(f'{"removed" if yes else "would remove"} {p.name}')
     if yes: prune(folders)
-    print(f'{len(folders)} runs' + ('' if yes else '; nothing was removed: say --yes to do it')*bool(folders))
+    for p in folders: print(f'{"removed" if yes else "would remove"} {p.relative_to(runs_dir())}')
+    print(f'{len(folders)} runs and attacks' + ('' if yes else '; nothing was removed: say --yes to do it')*bool(folders))
 
 # %% ../nbs/5_run/12_runs.ipynb #b9736700
 def _parser() -> argparse.ArgumentParser:
@@ -192,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = runs.add_subparsers(dest='verb', required=True, metavar='list|show|verify|export|prune')
     add = lambda name, text: verbs.add_parser(name, help=text, description=text)
     add('list', 'What is in the store, and what is under way.').add_argument(
-        'states', nargs='*', choices=[*STATES, []], metavar='STATE', help=f'of these only: {", ".join(STATES)}')
+        'states', nargs='*', metavar='STATE', help=f'of these only: {", ".join(STATES)}')
     add('show', 'All that is known of a run.').add_argument('run', help='its name, as the list has it')
     add('verify', 'Read every file and say what is not as it was written; exit status 1 then.').add_argument(
         'runs', nargs='*', metavar='RUN', help='of these only')
@@ -219,6 +243,6 @@ def main(argv: list[str] | None = None) -> int:
     actions = dict(list=lambda: _list(a.states), show=lambda: _show(a.run), verify=lambda: _verify(a.runs),
                    export=lambda: _export(a.to, a.mlflow), prune=lambda: _prune(a.states, a.yes))
     try: return actions[a.verb]() or 0
-    except (RunError, DivergedError, ValueError) as e:
+    except (RunError, DivergedError, ValueError, OSError) as e:
         print(f'cem-nb: {e}', file=sys.stderr)
         return 1

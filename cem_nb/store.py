@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'WEIGHTS', 'registered', 'run_path', 'attack_path', 'sealed_problems', 'pick_device', 'data_on', 'Run',
-           'open_run', 'check_sizes', 'busy', 'missing_parts', 'run']
+           'stored_attacks', 'open_run', 'check_sizes', 'busy', 'missing_parts', 'run']
 
 # %% ../nbs/5_run/03_store.ipynb #385991d8
 import hashlib, json, time
@@ -24,8 +24,8 @@ from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
 from .data import ImageData, load_data, to_float
 from .experiment import DataSettings, Experiment, TrainSettings
-from .files import (DamagedError, RunError, being_run, read_sealed, sealed_digests, write_sealed, write_then_rename,
-                          writing)
+from .files import (DamagedError, DamagedRunError, RunError, UnsealedError, being_run, read_sealed, sealed_digests,
+                          write_sealed, write_then_rename, writing)
 from .loop import seconds_in
 from .methods import DEFENSES
 from .models import NETWORKS, SplitModel, feature_shape, n_params, registered_with
@@ -57,10 +57,11 @@ def registered(e: Experiment) -> list:
 
 def _run_config(e: Experiment, fingerprint: str) -> dict[str, Any]:
     own = [*_sources(*registered(e)), *registered_with(e.model.arch)]
-    return dict(experiment=e.model_dump(mode='json', exclude={'attacks'}), fingerprint=fingerprint, own=own)
+    return dict(experiment=e.model_dump(mode='json', exclude={'attacks'}), fingerprint=fingerprint, own=own, schema=SCHEMA)
 
 
-def _attack_config(attack: Attack) -> dict[str, Any]: return dict(attack=attack.record(), own=_sources(type(attack)))
+def _attack_config(attack: Attack) -> dict[str, Any]: 
+    return dict(attack=attack.record(), own=_sources(type(attack)), schema=SCHEMA)
 
 
 def run_path(experiment: Experiment, fingerprint: str) -> Path:
@@ -84,7 +85,9 @@ def _write(folder: Path, tensors: dict[str, Tensor], **records: dict):
 def _reading(folder: Path):
     "What is damaged is to be removed; what cannot be read just now is not."
     try: yield
-    except DamagedError as e: raise RunError(f'{e}; remove {folder} and start again') from None
+    except DamagedError as e:
+        kind = RunError if isinstance(e, UnsealedError) else DamagedRunError
+        raise kind(f'{e}; remove {folder} and start again') from None
     except OSError as e:
         raise RunError(f'{folder} cannot be read just now ({e}); see that you may read it, and that few files are open, then start '
                        'again: nothing is wrong with what is stored') from None
@@ -112,10 +115,13 @@ def _digest_of_weights(folder: Path) -> str:
 def _config(folder: Path, name_of: Callable[[dict], str]) -> dict:
     "The settings that a folder was written with. Raises `RunError` if they are not those of its name."
     config = _read(folder, 'config')
+    if config.get('schema') != SCHEMA:
+        raise RunError(f'{folder} is of schema {config.get("schema")}, this version reads {SCHEMA}; open it with the version that '
+                       'wrote it, or remove it')
     try: name = name_of(config)
     except (KeyError, TypeError): name = 'what this version cannot read'
     if name == folder.name: return config
-    raise RunError(f'{folder} holds {name}, and not what its name says; remove it and start again')
+    raise DamagedRunError(f'{folder} holds {name}, and not what its name says; remove it and start again')
 
 
 def _restore(module: nn.Module, folder: Path, device) -> nn.Module:
@@ -174,7 +180,7 @@ class Run:
         "The folder of an attack on this run's weights."
         folder = attack_path(self.path, a)
         if _config(folder, _attack_name)['victim'] == self.weights: return folder
-        raise RunError(f'{folder} is an attack on other weights than those beside it; remove it and start again')
+        raise DamagedRunError(f'{folder} is an attack on other weights than those beside it; remove it and start again')
 
     def _data(self, device) -> ImageData:
         "The images that the run was computed on."
@@ -208,6 +214,12 @@ class Run:
         with torch.no_grad(): return x, {name: attacker(z) for name, attacker in found.items()}
 
 # %% ../nbs/5_run/03_store.ipynb #410ef73e
+def stored_attacks(path: Path) -> dict[str, dict[str, Any]]:
+    "Name and record of the attacks on a run, of each name the newest. Raises `RunError`."
+    found = sorted((p for p in path.iterdir() if p.is_dir() and p.suffix != '.part'), key=lambda p: p.stat().st_mtime)
+    return {r['name']: r for r in (_config(p, _attack_name)['attack'] for p in found)}
+
+
 def open_run(
     name: str,  # of its folder, as in the column `run` of a sweep
     attacks: tuple[Attack, ...] | None = None,  # on it; None: all in the store, of each name the newest
@@ -215,8 +227,7 @@ def open_run(
     "A run that is in the store. Raises `RunError`."
     path = runs_dir()/name
     if not path.is_dir(): raise RunError(f'there is no run {name} in {runs_dir()}; compute it first')
-    found = sorted((p for p in path.iterdir() if p.is_dir() and p.suffix != '.part'), key=lambda p: p.stat().st_mtime)
-    newest = {r['name']: r for r in (_config(p, _attack_name)['attack'] for p in found)} if attacks is None else {}
+    newest = stored_attacks(path) if attacks is None else {}
     if unknown := set(newest) - set(ATTACKS):
         raise RunError(f'{name} was attacked by {", ".join(sorted(unknown))}; import what registers it, or say which attacks to open')
     record = _config(path, _run_name)['experiment'] | dict(attacks=[*newest.values(), *(a.record() for a in attacks or ())])

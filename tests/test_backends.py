@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -91,9 +92,35 @@ def test_a_run_of_another_process_is_waited_for_and_the_others_go_first(capsys, 
     frame = sweep(TINY, seed=[0, 1, 2])
     thread.join()
     text = ''.join(said) + capsys.readouterr().out
-    assert 'another process is at it' in text and text.index('seed 1') < text.index('seed 0')
+    assert 'another process is at it' in text and text.index('seed 1') < text.rindex('seed 0')
     assert list(frame.seed) == [0, 1, 2] and frame.mse_test_decoder[0] == want.mse_test_decoder[0]
     assert ('stored' in text) == (ends == 'finished')
+
+
+def test_a_process_computes_one_at_a_time():
+    "Threads of a worker would share its random numbers."
+    at, most = [], []
+    def work():
+        at.append(1)
+        most.append(len(at))
+        time.sleep(0.05)
+        at.pop()
+    threads = [threading.Thread(target=backends.in_one_thread, args=(work,)) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert max(most) == 1 and len(most) == 4
+
+
+def test_ray_shares_gpus_so_that_all_fit(monkeypatch):
+    asked = {}
+    class Task:
+        def options(self, **k): asked.update(k)
+    fake = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: dict(GPU=4.0), remote=lambda f: Task())
+    monkeypatch.setitem(sys.modules, 'ray', fake)
+    backends.RayTasks(6, gpu=True)
+    assert asked['num_gpus'] == 1/2 and 4*int(1/asked['num_gpus']) >= 6
+    fake.cluster_resources = lambda: {}
+    with pytest.raises(MissingBackend, match='no GPU'): backends.RayTasks(6, gpu=True)
 
 
 def test_slurm_cancels_what_is_under_way():

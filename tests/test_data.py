@@ -190,6 +190,19 @@ def test_a_loader_of_ones_own_is_asked_each_time_unless_it_names_its_folder(monk
     assert len(asked) == 4
 
 
+def test_a_loader_that_is_defined_again_is_another_one(monkeypatch, tmp_path):
+    "As in a notebook cell that is run again; the address of the old one may be that of the new one."
+    monkeypatch.setattr(cem_nb.files, 'FRESH', -10**18)
+    for v in range(12):
+        def load(size, v=v):
+            s = Split(torch.full((20, 1, 8, 8), v, dtype=torch.uint8), torch.arange(20) % 2)
+            return ['a', 'b'], s, s
+        monkeypatch.setitem(DATASETS, 'mine', Source(load, Augment(pad=v), lambda: tmp_path))
+        found = load_data('mine')
+        assert found.train.x.unique().tolist() == [v] and found.augment.pad == v
+        del load, DATASETS['mine']
+
+
 @pytest.mark.parametrize('x, y, message', [
     (torch.rand(8, 1, 8, 8), torch.arange(8) % 2, 'images of torch.float32'),
     (torch.zeros(8, 8, 8, dtype=torch.uint8), torch.arange(8) % 2, 'C 1 or 3'),

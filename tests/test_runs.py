@@ -103,6 +103,53 @@ def test_whatever_is_changed_is_found(what, harm):
     assert len(verify()) == 1 and main(['runs', 'verify']) == 1
 
 
+def test_only_what_is_damaged_goes(store):
+    "An attack by itself, and not a whole run, nor one of another version or on a disk that does not answer."
+    path = runs_dir()/store['finished']
+    flip(next(path.glob('decoder-*'))/'weights.safetensors')
+    assert {p.relative_to(runs_dir()).parts[0] for p in prunable(['damaged'])} == {store['finished'], store['damaged']}
+    assert main(['runs', 'prune', 'damaged', '--yes']) == 0
+    assert [p.name.split('-')[0] for p in path.iterdir() if p.is_dir()] == ['oracle'] and (path/'result.json').is_file()
+    assert run(TINY).new and verify() == {}
+
+
+def test_what_was_left_of_an_attack_goes_too(store):
+    path = runs_dir()/store['finished']/'gan-000000000000'
+    with pytest.raises(Stop), write_then_rename(path): raise Stop
+    assert path.with_name(path.name + '.part') in prunable(['stopped'])
+    assert main(['runs', 'prune', 'stopped', '--yes']) == 0 and not path.with_name(path.name + '.part').exists()
+    assert not run(TINY).new
+
+
+def test_a_run_that_is_being_attacked_is_not_removed(store):
+    from cem_nb.runs import prune
+    attack = runs_dir()/store['finished']/'gan-000000000000'
+    with pytest.raises(Stop), write_then_rename(attack):
+        with pytest.raises(RunError, match='another process'): prune([attack.parent])
+        raise Stop
+    prune([runs_dir()/'gone'])  # by somebody else
+
+
+@pytest.mark.parametrize('why', ['schema', 'disk'])
+def test_what_is_whole_and_cannot_be_read_is_not_damaged(monkeypatch, why):
+    import cem_nb.store
+    name = run(TINY).path.name
+    if why == 'schema': monkeypatch.setattr(cem_nb.store, 'SCHEMA', cem_nb.store.SCHEMA + 1)
+    else:
+        def busy(*a): raise OSError(24, 'Too many open files')
+        monkeypatch.setattr(cem_nb.store, 'read_sealed', busy)
+    assert list(stored_runs().state) == ['unknown'] and main(['runs', 'show', name]) == 1
+    if why == 'schema': assert prunable(['damaged']) == []
+
+
+def test_an_attack_that_is_not_imported_stops_nothing(store, monkeypatch):
+    from cem_nb.attack import ATTACKS
+    monkeypatch.delitem(ATTACKS, 'oracle')
+    frame = run_table()
+    assert list(frame.run) == [store['finished']] and 'mse_test_decoder' in frame and not frame.filter(like='oracle').size
+    assert store['finished'] not in verify()
+
+
 def test_a_table_for_other_programs(store, tmp_path):
     frame = run_table()
     want = sweep(TINY)
@@ -133,7 +180,8 @@ def test_mlflow_has_every_run_once(store, tmp_path):
 
 def test_room_is_made_for_what_was_asked_and_nothing_else(store, capsys):
     assert main(['runs', 'prune', 'stopped', 'damaged']) == 0
-    assert 'would remove' in (said := capsys.readouterr().out) and '2 runs; nothing was removed' in said and len(stored_runs()) == 4
+    assert 'would remove' in (said := capsys.readouterr().out) and '2 runs and attacks; nothing was removed' in said
+    assert len(stored_runs()) == 4
     assert main(['runs', 'prune', 'stopped', 'damaged', '--yes']) == 0
     assert set(stored_runs().run) == {store['finished'], store['diverged']} and run(TINY).new is False
     with pytest.raises(ValueError, match='cannot be pruned'): prunable(['finished'])
@@ -147,8 +195,8 @@ def test_words_on_the_command_line(store, capsys):
         assert main(['runs', 'show', name]) == 1
         said = capsys.readouterr().err
         assert message in said and said.count('\n') == 1
-    assert main(['runs', 'verify', 'none']) == 1
-    for bad in (['runs'], [], ['runs', 'prune'], ['runs', 'prune', 'finished'], ['runs', 'list', 'old']):
+    assert main(['runs', 'verify', 'none']) == 1 and main(['runs', 'list', 'old']) == 1
+    for bad in (['runs'], [], ['runs', 'prune'], ['runs', 'prune', 'finished']):
         with pytest.raises(SystemExit): main(bad)
 
 
