@@ -271,7 +271,7 @@ def test_rows_are_those_of_table_1():
 
 def test_names_of_files():
     assert stem('figure5', Figure5Parameters()) == 'figure5_digits_quick'
-    p = Figure5Parameters(methods='all', dataset='folder:x/cifar10', preset='small')
+    p = Figure5Parameters(methods='all', dataset='folder:data/cifar10', preset='small')
     assert stem('figure5', p) == 'figure5_folder-cifar10_small_methods-all'
 
 
