@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from .core import Count, Record, Registry, finite_tensor, register, seeded, stage_seed, whole
+from .core import Count, Record, Registry, finite_tensor, only_bytes, register, seeded, stage_seed, whole
 from .data import Split, batches
 from .models import SplitModel, evaluating
 from .ssim import ssim_zero
@@ -35,8 +35,8 @@ def reconstruct(
 def some_images(images: Split) -> Split:
     "`images`, if there are any and they are bytes, as `Split` says; else `ValueError` or `TypeError`."
     if not len(images): raise ValueError('there are no images to attack; give a split that is not empty')
-    if images.x.dtype == torch.uint8: return images
-    raise TypeError(f'the images are {images.x.dtype}; give bytes (uint8, 0 to 255)')
+    only_bytes(images.x)
+    return images
 
 # %% ../nbs/4_attack/01_attack.ipynb #c7c3558d
 class Scores:

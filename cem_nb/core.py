@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'definition', 'register', 'of_this_package',
-           'own_source', 'number', 'whole', 'one_of', 'floating_tensor', 'finite_tensor', 'finite_array',
+           'own_source', 'number', 'whole', 'one_of', 'floating_tensor', 'only_bytes', 'finite_tensor', 'finite_array',
            'result_dtype', 'cholesky', 'outside_autocast', 'full_precision', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
@@ -215,6 +215,12 @@ def floating_tensor(
     raise TypeError(f'{name} is {kind}; give a floating point torch tensor (images as numbers in [0, 1], not bytes)')
 
 # %% ../nbs/1_base/01_core.ipynb #0962a48a
+def only_bytes(x: Tensor) -> Tensor:
+    "`x`, if it holds images as bytes; else `TypeError`."
+    if x.dtype == torch.uint8: return x
+    raise TypeError(f'the images are {x.dtype}; give bytes (uint8, 0 to 255)')
+
+
 def finite_tensor(
     x: Tensor,
     name: str,                # as it is called in messages

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
+import sklearn
 import torch
 import torch.nn.functional as F
-import sklearn
 from pydantic import Field
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .core import Count, Registry, data_dir, project_dir, register, whole
+from .core import Count, Registry, data_dir, only_bytes, project_dir, register, whole
 from .files import state_of
 from .images import DataError, decode_all, image_files, subfolders
 
@@ -84,8 +84,7 @@ class ImageData:
 # %% ../nbs/1_base/05_data.ipynb #4a8c25ef
 def to_float(x: Tensor) -> Tensor:  # float32 in [0, 1], same shape
     "Bytes to numbers in [0, 1]; the scale in which every MSE of this collection is stated. `TypeError` for anything but bytes."
-    if x.dtype != torch.uint8: raise TypeError(f'the images are {x.dtype}; give bytes (uint8, 0 to 255)')
-    return x.to(torch.float32).div_(255)
+    return only_bytes(x).to(torch.float32).div_(255)
 
 # %% ../nbs/1_base/05_data.ipynb #ecdf01ea
 def augment_batch(

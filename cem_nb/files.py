@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIGESTS', 'DEPTH', 'FRESH', 'flush', 'write_whole', 'DamagedError', 'stamped', 'read_stamped', 'UnsealedError',
            'write_sealed', 'sealed_digests', 'read_sealed', 'RunError', 'BusyError', 'DamagedRunError', 'writing',
-           'being_run', 'remove', 'write_then_rename', 'state_of']
+           'final_name', 'being_run', 'remove', 'write_then_rename', 'state_of']
 
 # %% ../nbs/1_base/02_files.ipynb #dfa6b9b9
 import hashlib, json, os, shutil, stat, time, uuid
@@ -122,6 +122,11 @@ def _lock(final: Path) -> FileLock:
     return FileLock(lock, timeout=0)
 
 
+def final_name(folder: Path) -> Path:
+    "What a folder is called when it is complete."
+    return folder.with_name(folder.name.removesuffix('.part'))
+
+
 def being_run(final: Path) -> bool:
     "Whether some process is at this folder just now."
     try:
@@ -131,12 +136,11 @@ def being_run(final: Path) -> bool:
 
 def remove(folder: Path):
     "Remove a run, an attack on one, or what is left of them, if it is there. Raises `BusyError` while some process is at it."
-    whole, busy = (lambda p: p.with_name(p.name.removesuffix('.part'))), f'{folder.name} is being run by another process; stop it first'
-    lock = _lock(whole(folder))
+    lock, busy = _lock(final_name(folder)), f'{folder.name} is being run by another process; stop it first'
     try: lock.acquire(timeout=1)
     except Timeout: raise BusyError(busy) from None
     try:
-        if any(being_run(whole(p)) for p in folder.glob('*.part')): raise BusyError(busy)
+        if any(being_run(final_name(p)) for p in folder.glob('*.part')): raise BusyError(busy)
         with writing(folder): shutil.rmtree(folder) if folder.exists() else None
     finally: lock.release()
 

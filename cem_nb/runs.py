@@ -13,11 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from .core import runs_dir
 from .attack import ATTACKS, attack_from
-from .files import DamagedRunError, RunError, being_run, remove, write_whole
+from .core import runs_dir
+from .files import DamagedRunError, RunError, being_run, final_name, remove, write_whole
 from .loop import epochs_in
-from .store import Run, open_run, sealed_problems, stored_attacks
+from .store import Run, attack_folders, open_run, sealed_problems, stored_attacks
 from .sweep import result_row
 from .training import DivergedError
 
@@ -30,9 +30,6 @@ def _folders() -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')) if root.is_dir() else []
 
 
-def _attacks(folder: Path) -> list[Path]: return sorted(p for p in folder.iterdir() if p.is_dir() and p.suffix != '.part')
-
-
 def _opened(name: str) -> tuple[str, Run | None, dict]:
     "State, handle and result of a run that has its final name."
     try:
@@ -43,20 +40,17 @@ def _opened(name: str) -> tuple[str, Run | None, dict]:
     except (RunError, ValueError): return 'unknown', None, {}
 
 
-def _whole(part: Path) -> Path: return part.with_name(part.name.removesuffix('.part'))
-
-
 def _entry(folder: Path) -> dict[str, Any]:
     "A line of `stored_runs`."
     size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())/2**20
     if folder.suffix == '.part':
-        final = _whole(folder)
+        final = final_name(folder)
         state, epochs = 'running' if being_run(final) else 'stopped', epochs_in(folder/'checkpoint.pt')
         return dict(run=final.name, state=state, epochs=epochs, attacks='', megabytes=size)
     state, run, result = _opened(folder.name)
-    if any(map(being_run, map(_whole, folder.glob('*.part')))): state = 'running'
+    if any(map(being_run, map(final_name, folder.glob('*.part')))): state = 'running'
     told = dict(dataset=run.experiment.data.dataset, preset=run.experiment.preset, epochs=run.experiment.training.epochs) if run else {}
-    attacks = ', '.join(sorted({p.name.rsplit('-', 1)[0] for p in _attacks(folder)}))
+    attacks = ', '.join(sorted({p.name.rsplit('-', 1)[0] for p in attack_folders(folder)}))
     return dict(run=folder.name, state=state, **told, attacks=attacks, seconds=result.get('seconds', math.nan),
                 date=result.get('date', ''), megabytes=size)
 
@@ -77,12 +71,11 @@ def _known(folder: Path) -> Run:
 
 
 def _wrong(folder: Path) -> list[str]:
-    "What opening a run or an attack would find out, beside digests."
-    run = folder.parent if folder.parent != runs_dir() else folder
+    "What opening a run and its attacks would find out, beside digests."
     try:
-        opened = _known(run)
+        opened = _known(folder)
         opened.result
-        for a in opened.experiment.attacks if folder == run else (): opened.attack(a.name)
+        for a in opened.experiment.attacks: opened.attack(a.name)
     except DamagedRunError as e: return [str(e)]
     except (RunError, DivergedError, ValueError): pass  # not known to be damaged
     return []
@@ -96,7 +89,7 @@ def verify(
     for name in names or [p.name for p in _folders() if p.suffix != '.part']:
         folder = runs_dir()/name
         if not folder.is_dir(): raise RunError(f'there is no run {name} in {runs_dir()}; see cem-nb runs list')
-        wrong = {str(p.relative_to(runs_dir())): sealed_problems(p) for p in (folder, *_attacks(folder))}
+        wrong = {str(p.relative_to(runs_dir())): sealed_problems(p) for p in (folder, *attack_folders(folder))}
         if not any(wrong.values()): wrong[name] = _wrong(folder)
         found |= {place: problems for place, problems in wrong.items() if problems}
     return found
@@ -163,7 +156,8 @@ def prunable(
     listed, root = stored_runs(), runs_dir()
     found = [root/name for name in listed.run[listed.state == 'diverged']] if 'diverged' in states else []
     if 'damaged' in states: found += [root/place for place in verify()]
-    if 'stopped' in states: found += [p for p in (*root.glob('*.part'), *root.glob('*/*.part')) if p.is_dir() and not being_run(_whole(p))]
+    parts = [p for p in (*root.glob('*.part'), *root.glob('*/*.part')) if p.is_dir()] if 'stopped' in states else []
+    found += [p for p in parts if not being_run(final_name(p))]
     return sorted(found)
 
 

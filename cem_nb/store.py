@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'WEIGHTS', 'registered', 'run_path', 'attack_path', 'sealed_problems', 'pick_device', 'data_on', 'Run',
-           'stored_attacks', 'open_run', 'check_sizes', 'busy', 'missing_parts', 'run']
+           'attack_folders', 'stored_attacks', 'open_run', 'check_sizes', 'busy', 'missing_parts', 'run']
 
 # %% ../nbs/5_run/03_store.ipynb #385991d8
 import hashlib, json, time
@@ -214,9 +214,14 @@ class Run:
         with torch.no_grad(): return x, {name: attacker(z) for name, attacker in found.items()}
 
 # %% ../nbs/5_run/03_store.ipynb #410ef73e
+def attack_folders(path: Path) -> list[Path]:
+    "The finished attacks in a run's folder, by name."
+    return sorted(p for p in path.iterdir() if p.is_dir() and p.suffix != '.part')
+
+
 def stored_attacks(path: Path) -> dict[str, dict[str, Any]]:
     "Name and record of the attacks on a run, of each name the newest. Raises `RunError`."
-    found = sorted((p for p in path.iterdir() if p.is_dir() and p.suffix != '.part'), key=lambda p: p.stat().st_mtime)
+    found = sorted(attack_folders(path), key=lambda p: p.stat().st_mtime)
     return {r['name']: r for r in (_config(p, _attack_name)['attack'] for p in found)}
 
 
