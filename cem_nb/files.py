@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DIGESTS', 'DEPTH', 'FRESH', 'flush', 'write_whole', 'DamagedError', 'stamped', 'read_stamped', 'UnsealedError',
            'write_sealed', 'sealed_digests', 'read_sealed', 'RunError', 'BusyError', 'DamagedRunError', 'writing',
-           'final_name', 'being_run', 'remove', 'write_then_rename', 'state_of']
+           'final_name', 'being_run', 'remove', 'drop_checkpoints', 'write_then_rename', 'state_of']
 
 # %% ../nbs/1_base/02_files.ipynb #dfa6b9b9
 import hashlib, json, os, shutil, stat, time, uuid
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,12 @@ def remove(folder: Path):
     finally: lock.release()
 
 
+def drop_checkpoints(final: Path):
+    "Remove what a finished folder needs no more; what cannot be removed just now stays for the next start."
+    for checkpoint in final.glob('checkpoint*'):
+        with suppress(OSError): checkpoint.unlink()
+
+
 @contextmanager
 def write_then_rename(final: Path):
     "A folder to write in; renamed to `final` at the end. Kept as it is if the run is interrupted. Raises `RunError`."
@@ -160,7 +166,7 @@ def write_then_rename(final: Path):
         with writing(part):
             os.replace(part, final)
             flush(final.parent)
-            for checkpoint in final.glob('checkpoint*'): checkpoint.unlink()  # not before: the rename may fail
+            drop_checkpoints(final)  # not before: the rename may fail
     finally: lock.release()
 
 # %% ../nbs/1_base/02_files.ipynb #f41daf53

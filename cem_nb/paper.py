@@ -6,6 +6,7 @@
 __all__ = ['PAPER', 'PaperTable', 'paper_csv', 'paper_text', 'paper_numbers', 'as_runs', 'paper_runs', 'errata_table']
 
 # %% ../nbs/5_run/07_paper.ipynb #35d2632e
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+import cem_nb
 from .core import project_dir
 
 # %% ../nbs/5_run/07_paper.ipynb #57827501
@@ -44,8 +46,9 @@ PAPER = {
 # %% ../nbs/5_run/07_paper.ipynb #c2631526
 def _installed(name: str) -> Path | None:
     "A file that the wheel has brought, if there is one."
-    try: return next((Path(f.locate()) for f in files('cem_nb') or () if f.name == name), None)
-    except PackageNotFoundError: return None
+    found = [Path(cem_nb.__file__).parent.parent/'share'/'cem_nb'/'paper'/name]  # of `pip install --target`, which records another place
+    with suppress(PackageNotFoundError): found += [Path(f.locate()) for f in files('cem_nb') or () if f.name == name]
+    return next((p for p in found if p.is_file()), None)
 
 # %% ../nbs/5_run/07_paper.ipynb #f8e9a43f
 def paper_csv(

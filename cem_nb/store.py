@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'WEIGHTS', 'registered', 'run_path', 'attack_path', 'sealed_problems', 'pick_device', 'data_on', 'Run',
-           'attack_folders', 'stored_attacks', 'open_run', 'check_sizes', 'busy', 'missing_parts', 'run']
+           'attack_folders', 'stored_attacks', 'open_run', 'check_sizes', 'busy', 'missing_parts', 'check_stored',
+           'run']
 
 # %% ../nbs/5_run/03_store.ipynb #385991d8
 import hashlib, json, time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +25,8 @@ from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
 from .data import ImageData, load_data, to_float
 from .experiment import DataSettings, Experiment, TrainSettings
-from .files import (DamagedError, DamagedRunError, RunError, UnsealedError, being_run, read_sealed, sealed_digests,
-                          write_sealed, write_then_rename, writing)
+from .files import (DamagedError, DamagedRunError, RunError, UnsealedError, being_run, drop_checkpoints, read_sealed,
+                          sealed_digests, write_sealed, write_then_rename, writing)
 from .loop import seconds_in
 from .methods import DEFENSES
 from .models import NETWORKS, SplitModel, feature_shape, n_params, registered_with
@@ -303,6 +304,15 @@ def missing_parts(
     return [experiment.training]*(not path.is_dir()) + [a for a in experiment.attacks if not attack_path(path, a).is_dir()]
 
 
+def check_stored(e: Experiment, fingerprint: str):
+    "Read what the store has of an experiment, if anything. Raises `RunError` for what is damaged or of another version."
+    found, missing = Run(run_path(e, fingerprint), e), missing_parts(e, fingerprint)
+    if e.training in missing: return
+    with suppress(DivergedError):
+        found.result
+        for a in e.attacks: found.attack(a.name) if a not in missing else None
+
+
 def run(
     experiment: Experiment,
     device: torch.device = torch.device('cpu'),
@@ -315,6 +325,7 @@ def run(
     data, fingerprint = data_on(e.data, device)
     path, missing = run_path(e, fingerprint), missing_parts(e, fingerprint)
     found = Run(path, e, new=bool(missing))
+    for part in path, *(attack_path(path, a) for a in e.attacks): drop_checkpoints(part)  # of a process that was killed after a rename
     if found.new: check_sizes(e, data)
     if e.training in missing: _train_into(path, e, data, fingerprint)
     found.result  # raises where there is nothing to attack

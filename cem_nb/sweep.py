@@ -23,7 +23,7 @@ from .core import data_dir, of_this_package, runs_dir, whole
 from .data import DATASETS, load_data
 from .experiment import Experiment
 from .files import BusyError
-from .store import SCHEMA, Run, RunError, check_sizes, pick_device, registered, run
+from .store import SCHEMA, Run, RunError, check_sizes, check_stored, data_on, pick_device, registered, run
 from .training import DivergedError
 
 # %% ../nbs/5_run/04_sweep.ipynb #134c755a
@@ -50,12 +50,12 @@ def measured(run: Run) -> dict[str, Any]:
     "Accuracies, scores, seconds and provenance of a finished run."
     r = run.result
     row = {f'acc_{part}': 100*v for part, v in r['accuracy'].items()}
-    row |= dict(images=r['images'], seconds_train=round(r['seconds'], 1), resumed_train=r['resumed'])
+    row |= dict(images=r['images'], seconds_train=round(r['seconds'], 2), resumed_train=r['resumed'])
     row |= {f'{k}_last': r['curves'][-1][k] for k in ('l_d', 'l_c') if k in r['curves'][-1]}
     attacks = {a.name: run.attack(a.name) for a in run.experiment.attacks}
     for name, a in attacks.items():
         row |= {f'{metric}_{part}_{name}': v for part, s in a['scores'].items() for metric, v in s.items()}
-        row |= {f'seconds_{name}': round(a['seconds'], 1), f'resumed_{name}': a['resumed'], f'finished_{name}': a['finished']}
+        row |= {f'seconds_{name}': round(a['seconds'], 2), f'resumed_{name}': a['resumed'], f'finished_{name}': a['finished']}
     made = r, *attacks.values()
     where = {k: '; '.join(dict.fromkeys(m[k] for m in made)) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
     return row | dict(run=run.path.name, **where)
@@ -156,7 +156,8 @@ class Pool:
         self._waiting = deque(sorted(self._waiting, key=lambda w: w[1]))
         while self._waiting and len(self._running) < self._n_jobs and self._waiting[0][1] <= time.monotonic():
             key, _ = self._waiting.popleft()
-            self._running[key] = self._executor.submit(*self._call(self._jobs[key]))
+            try: self._running[key] = self._executor.submit(*self._call(self._jobs[key]))
+            except BrokenExecutor as error: self._found[key] = error  # a worker died since
 
     def _call(self, experiments: list[Experiment]) -> tuple:
         if self._here: return _job, self._compute, experiments
@@ -242,8 +243,8 @@ def sweep(
     backend, gpu = BACKENDS.known(backend), False
     if compute is None:
         where = device if device != 'auto' and backend not in LOCAL else str(pick_device(device))  # who submits may have no GPU
-        data = {settings: load_data(**dict(settings)) for settings in {e.data for e in todo}}
-        for e in todo: check_sizes(e, data[e.data])
+        placed = {settings: data_on(settings, torch.device('cpu')) for settings in {e.data for e in todo}}
+        for e in todo: check_sizes(e, placed[e.data][0]), check_stored(e, placed[e.data][1])
         compute, gpu = partial(_run_on, device=where), torch.device(where).type == 'cuda'
     if backend == 'here' or backend == 'loky' and (gpu or n_jobs == 1): backend, n_jobs = 'here', 1
     if backend != 'here' and not all(map(_of_this_package, todo)):

@@ -29,6 +29,7 @@ import pandas as pd
 from cem_nb.experiment import Experiment
 from cem_nb.sweep import sweep
 base = Experiment.model_validate_json(sys.argv[1])
+print('imported', flush=True)
 Path(sys.argv[2]).write_text(sweep(base, seed=[0, 1], device='cpu').to_json(double_precision=15))
 '''
 
@@ -37,29 +38,31 @@ def numbers(frame): return frame.drop(columns=[c for c in frame if c.startswith(
 
 
 def start(runs, out, base=SMALL):
-    return subprocess.Popen([sys.executable, '-c', SCRIPT, base.model_dump_json(), str(out)], text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, env=os.environ | dict(CEM_RUNS=str(runs)))
+    "A process that computes two runs, from the moment on when it begins with them: to import torch takes some seconds."
+    process = subprocess.Popen([sys.executable, '-c', SCRIPT, base.model_dump_json(), str(out)], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | dict(CEM_RUNS=str(runs)))
+    assert process.stdout.readline() == 'imported\n', process.stderr.read()
+    return process
 
 
-@pytest.fixture
-def undisturbed(tmp_path):
-    process = start(tmp_path/'whole', tmp_path/'whole.json')
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    place = tmp_path_factory.mktemp('whole')
+    process = start(place/'runs', place/'table.json')
     assert process.wait(300) == 0, process.stderr.read()
-    return numbers(pd.read_json(tmp_path/'whole.json'))
+    return numbers(pd.read_json(place/'table.json'))
 
 
 def same(path, undisturbed): pd.testing.assert_frame_equal(numbers(pd.read_json(path)), undisturbed, check_exact=True)
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', range(2))
 def test_kills_at_random_points(tmp_path, undisturbed, seed):
     rng, kills = random.Random(seed), 0
-    while True:
+    while kills < 30:
         process = start(tmp_path/'r', tmp_path/'r.json')
-        deadline = time.time() + 120
-        while not (tmp_path/'r'/'.locks').is_dir() and process.poll() is None: assert time.time() < deadline
         try:
-            process.wait(rng.uniform(0.2, 2.5) + 4*(kills > 0))  # the import of torch takes some seconds
+            process.wait(rng.uniform(0.2, 5))
             break
         except subprocess.TimeoutExpired:
             process.kill()
@@ -100,9 +103,7 @@ def test_a_power_cut(tmp_path, undisturbed, seed, monkeypatch):
     before = mounted(['-o', 'loop', str(image)], tmp_path/'before')
     try:
         process = start(before/'runs', tmp_path/'r.json')
-        deadline = time.time() + 120
-        while not (before/'runs'/'.locks').is_dir(): assert process.poll() is None and time.time() < deadline
-        try: process.wait(random.Random(seed).uniform(0.5, 6))
+        try: process.wait(random.Random(seed).uniform(0.2, 4))
         except subprocess.TimeoutExpired: pass
         shutil.copyfile(image, cut)
         process.kill()
@@ -121,7 +122,7 @@ def test_a_node_of_a_ray_cluster_is_lost(tmp_path, monkeypatch):
     "Of two nodes with a run each one is killed: the run goes to the other one, from its last epoch."
     ray = pytest.importorskip('ray')
     from ray.cluster_utils import Cluster
-    long = SMALL.replace(epochs=300)
+    long = SMALL.replace(epochs=60)
     monkeypatch.setenv('CEM_RUNS', str(tmp_path/'here'))
     want = numbers(sweep(long, seed=[0, 1, 2], device='cpu'))
     monkeypatch.setenv('CEM_RUNS', str(tmp_path/'there'))

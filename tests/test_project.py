@@ -187,7 +187,8 @@ def test_nothing_points_at_one_machine():
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_the_papers_numbers(tmp_path):
+@pytest.mark.parametrize('where', ['--prefix', '--target'])
+def test_the_wheel_carries_the_papers_numbers(where, tmp_path):
     "Built from a copy, installed aside, used from a folder outside the repository."
     pytest.importorskip('setuptools')
     import shutil
@@ -196,8 +197,8 @@ def test_the_wheel_carries_the_papers_numbers(tmp_path):
         (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, tmp_path/'src'/name)
     pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
     subprocess.run([*pip, 'install', '--no-deps', '--no-build-isolation', '--ignore-installed',  # leave the checkout's
-                    '--prefix', tmp_path/'env', tmp_path/'src'], check=True)
-    site = next((tmp_path/'env').glob('lib/python*/site-packages'))
+                    where, tmp_path/'env', tmp_path/'src'], check=True)
+    site = next((tmp_path/'env').rglob('cem_nb/__init__.py')).parent.parent
     code = ('import cem_nb.paper as r\n'
             f'assert r.__file__.startswith({str(tmp_path)!r}), r.__file__\n'
             'assert r.paper_numbers(1).loc[("Bottleneck", False), "accuracy"] == 90.87')

@@ -97,6 +97,15 @@ sweep(base, cem=[False, True]).to_json('out.json')
 '''
 
 
+@pytest.mark.parametrize('file', ['digests.json', 'result.json', 'decoder*/result.json'])
+def test_what_is_damaged_in_the_store_is_said_before_the_first_run(file, monkeypatch):
+    sweep(TINY, seed=[1])
+    path = next(runs_dir().glob(f'Bottleneck-s1-*/{file}'))
+    path.write_bytes(path.read_bytes()[:-3])
+    monkeypatch.setattr(store, 'train', lambda *a, **k: pytest.fail('a training began'))
+    with pytest.raises(RunError, match=rf'{path.name} .*remove .* and start again'): sweep(TINY, seed=[0, 1])
+
+
 @pytest.mark.slow
 def test_a_killed_process_loses_no_finished_run_and_ends_with_the_same_table(tmp_path):
     def start(where):
