@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'TINY', 'Split', 'Augment', 'ImageData', 'to_float', 'aug
            'dataset', 'load_data']
 
 # %% ../nbs/1_base/05_data.ipynb #27c66664
-import hashlib
+import hashlib, os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -160,9 +160,9 @@ def _from_lists(train: list[tuple[Path, int]], test: list[tuple[Path, int]], siz
 
 # %% ../nbs/1_base/05_data.ipynb #7f0c5661
 def _find_folder(path: str) -> Path:
-    p = Path(path).expanduser()
+    p = Path(os.path.expanduser(path))  # which leaves what it does not know
     for q in (p, project_dir()/p):
-        if q.is_dir(): return q
+        if os.path.isdir(q): return q
     raise DataError(f'folder:{path} does not exist; give a folder that holds train/<class>/ and test/<class>/ images')
 
 # %% ../nbs/1_base/05_data.ipynb #73886f79

@@ -81,7 +81,7 @@ def sealed_digests(folder: Path) -> dict[str, str]:
     path = folder/DIGESTS
     try: found = json.loads(path.read_bytes())
     except FileNotFoundError: raise UnsealedError(f'{path} is missing') from None
-    except ValueError: raise DamagedError(f'{path} is not as it was written') from None
+    except (ValueError, RecursionError): raise DamagedError(f'{path} is not as it was written') from None
     if isinstance(found, dict): return found
     raise DamagedError(f'{path} is not as it was written')
 

@@ -17,7 +17,7 @@ from .attack import ATTACKS, attack_from
 from .core import runs_dir
 from .files import DamagedRunError, RunError, being_run, final_name, remove, write_whole
 from .loop import epochs_in
-from .store import Run, attack_folders, open_run, sealed_problems, stored_attacks
+from .store import Run, attack_folders, open_run, run_folder, sealed_problems, stored_attacks
 from .sweep import result_row
 from .training import DivergedError
 
@@ -87,8 +87,7 @@ def verify(
     "Read all files of runs, and compare digests, settings and names. Raises `RunError` for a run that is not there."
     found = {}
     for name in names or [p.name for p in _folders() if p.suffix != '.part']:
-        folder = runs_dir()/name
-        if not folder.is_dir(): raise RunError(f'there is no run {name} in {runs_dir()}; see cem-nb runs list')
+        folder = run_folder(name)
         wrong = {str(p.relative_to(runs_dir())): sealed_problems(p) for p in (folder, *attack_folders(folder))}
         if not any(wrong.values()): wrong[name] = _wrong(folder)
         found |= {place: problems for place, problems in wrong.items() if problems}

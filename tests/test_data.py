@@ -91,7 +91,7 @@ def test_truncated_jpeg_is_named(folder):
     with pytest.raises(DataError, match=r'03\.png'): load_data(f'folder:{folder}')
 
 
-@pytest.mark.parametrize('name', ['cifar-10', 'folder:/nowhere', ''])
+@pytest.mark.parametrize('name', ['cifar-10', '', 'folder:/nowhere', 'folder:~nobody_here/x', 'folder:' + 'x'*999, 'folder:\0'])
 def test_unknown_data(name):
     with pytest.raises(DataError): load_data(name)
 

@@ -105,6 +105,7 @@ def sealed(tmp_path):
     lambda a: (a/DIGESTS).write_bytes(b''),
     lambda a: (a/DIGESTS).write_text('[]'),
     lambda a: (a/DIGESTS).write_text('{}'),
+    lambda a: (a/DIGESTS).write_text('['*100_000),
     lambda a: (a/DIGESTS).write_bytes(b'\xff\xfe'),
     lambda a: (a/DIGESTS).write_bytes((a.parent/'b'/DIGESTS).read_bytes()),
 ])

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +79,8 @@ def harms():
     yield 'weights of an attack', lambda p: flip(next(p.glob('decoder-*'))/'weights.safetensors')
     yield 'a result', lambda p: flip(p/'result.json')
     yield 'digests', lambda p: (p/'digests.json').unlink()
+    yield 'a line of the digests', lambda p: unlisted(p)
+    yield 'a line of those of an attack', lambda p: unlisted(next(p.glob('decoder-*')))
     yield 'another name', lambda p: p.rename(p.with_name('Bottleneck-s0-0123456789ab'))
     yield 'an attack on others', lambda p: exchanged(p)
 
@@ -86,6 +89,13 @@ def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data)//2] ^= 1
     path.write_bytes(data)
+
+
+def unlisted(path):
+    "Still a list of digests, and each of them is right."
+    listed = json.loads((path/'digests.json').read_text())
+    del listed['weights.safetensors']
+    (path/'digests.json').write_text(json.dumps(listed))
 
 
 def exchanged(path):

@@ -24,6 +24,7 @@ from cem_nb.files import write_sealed
 from cem_nb.gan import GAN
 from cem_nb.models import NETWORKS, Network
 from cem_nb.oracle import Oracle
+from cem_nb.runs import verify
 from cem_nb.store import RunError, open_run, pick_device, run, run_path
 from cem_nb.sweep import measured
 from cem_nb.training import DivergedError
@@ -84,6 +85,30 @@ def test_a_run_is_found_by_its_name():
     with pytest.raises(RunError, match="by 'gan'"): again.attack('gan')
 
 
+@pytest.mark.parametrize('name', ['', '.', '..', '../runs', '.locks', 'x.part', 'x'*999, '\0'])
+def test_what_is_no_run_is_not_said_to_be_damaged(name):
+    "Or the remedy would be to remove the whole store."
+    one()
+    (runs_dir()/'x.part').mkdir()
+    for read in (open_run, lambda n: verify([n])):
+        with pytest.raises(RunError, match='there is no run') as e: read(name)
+        assert 'remove' not in str(e.value)
+
+
+def test_a_folder_that_some_program_keeps_beside_the_attacks_is_none_of_them():
+    "As Jupyter does for files that were looked at."
+    r = one()
+    (r.path/'.ipynb_checkpoints').mkdir()
+    assert open_run(r.path.name).attack('decoder') == r.attack('decoder') and verify() == {}
+
+
+def test_a_run_of_a_defence_that_is_not_imported_says_so_in_a_line(monkeypatch):
+    r = one()
+    monkeypatch.delitem(DEFENSES, 'Bottleneck')
+    with pytest.raises(RunError, match="no defence 'Bottleneck'; .*import what registers them") as e: open_run(r.path.name)
+    assert '\n' not in str(e.value)
+
+
 def test_a_run_that_was_attacked_twice_is_opened_with_the_attack_that_is_asked_for():
     one(attacks=(DECODER, Oracle(n_images=20)))
     r = one(decoder__width=4)
@@ -105,6 +130,8 @@ def test_damaged_files_are_named():
     (lambda a, b: rewritten(a.path/'config.json', lambda c: c['experiment']['training'].update(lr=0.05)), 'holds Bottleneck-s0'),
     (lambda a, b: rewritten(a.path/'config.json', lambda c: c.update(fingerprint='0')), 'holds Bottleneck-s0'),
     (lambda a, b: rewritten(a.path/'config.json', lambda c: c.pop('experiment')), 'this version cannot read'),
+    (lambda a, b: rewritten(a.path/'config.json', lambda c: c.update(experiment=[])), 'this version cannot read'),
+    (lambda a, b: rewritten(attacked(a)/'config.json', lambda c: c.pop('victim')), 'on other weights'),
     (lambda a, b: (a.path/'config.json').unlink(), 'config.json is missing'),
     (lambda a, b: (a.path/'digests.json').unlink(), 'digests.json is missing'),
     (lambda a, b: edited(a.path/'result.json', '"test": 0', '"test": 0.9'), 'result.json is not as it was written'),
