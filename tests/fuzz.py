@@ -401,10 +401,13 @@ def harm_store(c, names):
         c.of([new.mkdir, new.touch])()
 
 
+OF_DATA = 'data set', 'folder:', 'image_size', 'n_train'  # what an error of the data that settings ask for names
+
+
 def got(read, name):
     try: return read(), None
     except RunError as e: return None, in_words(e, name, str(runs_dir()))
-    except DataError as e: return None, in_words(e, 'data set', 'folder:', 'image_size')  # that of the settings
+    except DataError as e: return None, in_words(e, *OF_DATA)
 
 
 def store(data, place):
@@ -416,6 +419,9 @@ def store(data, place):
         try: harm_store(c, names)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError): pass  # what cannot be done is no harm
     with Watch(runs_dir()/'.locks'): quietly(believed, names, truth)
+
+
+NO_DAMAGE = 'of schema', 'not known here', 'other images', *OF_DATA  # but settings that this program cannot follow
 
 
 def believed(names, truth):
@@ -435,7 +441,7 @@ def believed(names, truth):
             if error or k == 'all' or k == 'weights' and name in places: continue  # a digest that is wrong itself
             if value != truth[name][k]: raise Finding(f'{k} of {name} is {value}, not {truth[name][k]}')
         failed = [e for k, (_, e) in found.items() if e and (k in ('result', 'model') and path.is_dir() or attack)]
-        failed = [e for e in failed if 'of schema' not in e and 'not known here' not in e]  # of another version, and not damaged
+        failed = [e for e in failed if not any(w in e for w in NO_DAMAGE)]
         if failed and not places: raise Finding(f'all is well, says verify, and yet {failed[0]}')
         if name in places and not any(error for _, error in found.values()): raise Finding(f'all is read, and verify says {said[name]}')
         if path.is_dir() and not any(listed.run == name): raise Finding(f'{name} is not listed')
