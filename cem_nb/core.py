@@ -42,7 +42,7 @@ def _is_project(settings: Path) -> bool:
 
 def _place(name: str, default: str) -> Path:
     given = os.environ.get(name)
-    return Path(given).expanduser() if given else project_dir()/default
+    return Path(os.path.expanduser(given)) if given else project_dir()/default  # which leaves what it does not know
 
 # %% ../nbs/1_base/01_core.ipynb #76933dc2
 def data_dir() -> Path:

@@ -76,10 +76,16 @@ def write_sealed(folder: Path, files: dict[str, bytes]):
         write_whole(folder/name, lambda part, data=data: part.write_bytes(data))
 
 
+def _content(path: Path) -> bytes:
+    "Of a file; what else has its name, such as a folder or a pipe that never ends, was not written here."
+    if not stat.S_ISREG(os.stat(path).st_mode): raise DamagedError(f'{path} is no file')
+    return path.read_bytes()
+
+
 def sealed_digests(folder: Path) -> dict[str, str]:
     "The digests that a folder was sealed with. Raises `DamagedError` or `OSError`."
     path = folder/DIGESTS
-    try: found = json.loads(path.read_bytes())
+    try: found = json.loads(_content(path))
     except FileNotFoundError: raise UnsealedError(f'{path} is missing') from None
     except (ValueError, RecursionError): raise DamagedError(f'{path} is not as it was written') from None
     if isinstance(found, dict): return found
@@ -89,7 +95,7 @@ def sealed_digests(folder: Path) -> dict[str, str]:
 def read_sealed(path: Path) -> bytes:
     "What is in a file of a sealed folder. Raises `DamagedError`, or `OSError` where the file cannot be read just now."
     listed = sealed_digests(path.parent)
-    try: data = path.read_bytes()
+    try: data = _content(path)
     except FileNotFoundError: raise DamagedError(f'{path} is missing') from None
     if hashlib.sha256(data).hexdigest() == listed.get(path.name): return data
     raise DamagedError(f'{path} is not as it was written')

@@ -28,7 +28,8 @@ from .files import write_whole
 
 # %% ../nbs/1_base/04_images.ipynb #06cdea4f
 class DataError(ValueError):
-    "A data set that cannot be read; the message names the file and the remedy."
+    "A data set that cannot be read; the message names the file and the remedy, in one line whatever the file's name is."
+    def __str__(self): return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 # %% ../nbs/1_base/04_images.ipynb #fedab976
 FORMATS = 'JPEG', 'PNG'                          # all that Pillow may try

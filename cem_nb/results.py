@@ -28,8 +28,8 @@ def _hash(text: str, n: int) -> str: return hashlib.sha256(text.encode(errors='s
 def data_label(dataset: str) -> str:
     "The data set as it stands in a file's name."
     if not dataset.startswith('folder:'): return dataset
-    given = Path(dataset.removeprefix('folder:')).expanduser()
-    place = Path(os.path.abspath(given if given.is_dir() else project_dir()/given))
+    given = Path(os.path.expanduser(dataset.removeprefix('folder:')))
+    place = Path(os.path.abspath(given if os.path.isdir(given) else project_dir()/given))
     name = re.sub(r'[^\w.-]', '-', place.name)[:40]
     known = place == project_dir()/'data'/name
     return f'folder-{name}' if known else f'folder-{name}-{_hash(str(place), 6)}'

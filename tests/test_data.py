@@ -1,5 +1,6 @@
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,12 @@ def test_truncated_jpeg_is_named(folder):
 @pytest.mark.parametrize('name', ['cifar-10', '', 'folder:/nowhere', 'folder:~nobody_here/x', 'folder:' + 'x'*999, 'folder:\0'])
 def test_unknown_data(name):
     with pytest.raises(DataError): load_data(name)
+
+
+def test_a_name_of_two_lines_is_said_in_one(folder):
+    (folder/'train'/'cat'/'a\nb\udcff.png').write_text('no image')
+    with pytest.raises(DataError, match=r'/a\\nb\\udcff\.png') as e: load_data(f'folder:{folder}')
+    assert len(str(e.value).splitlines()) == 1 and str(e.value).isprintable()
 
 
 def test_facescrub_says_where_to_ask():
@@ -268,6 +275,8 @@ def test_projects_places(monkeypatch, tmp_path):
     assert (project_dir()/'settings.ini').is_file()
     monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setenv('CEM_DATA', '~/d')
     assert data_dir() == tmp_path/'d'
+    monkeypatch.setenv('CEM_DATA', '~nobody_here/d')
+    assert data_dir() == Path('~nobody_here/d')
     (tmp_path/'sub').mkdir(); monkeypatch.chdir(tmp_path/'sub')
     for text in ('[settings]\nowner = Ren\u00e9'.encode('latin-1'), '[settings]'.encode('utf-16')):
         (tmp_path/'settings.ini').write_bytes(text)  # of another program

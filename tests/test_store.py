@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,8 @@ def test_damaged_files_are_named():
     (lambda a, b: rewritten(attacked(a)/'config.json', lambda c: c.pop('victim')), 'on other weights'),
     (lambda a, b: (a.path/'config.json').unlink(), 'config.json is missing'),
     (lambda a, b: (a.path/'digests.json').unlink(), 'digests.json is missing'),
+    (lambda a, b: instead_of(a.path/'digests.json', Path.mkdir), 'digests.json is not as it was written'),
+    (lambda a, b: instead_of(a.path/'result.json', os.mkfifo), 'result.json is no file'),
     (lambda a, b: edited(a.path/'result.json', '"test": 0', '"test": 0.9'), 'result.json is not as it was written'),
     (lambda a, b: edited(attacked(a)/'result.json', '"mse": 0', '"mse": -0'), 'result.json is not as it was written'),
     (lambda a, b: edited(attacked(a)/'config.json', '"width": 8', '"width": 16'), 'config.json is not as it was written'),
@@ -154,6 +157,11 @@ def test_the_store_believes_nothing(harm, message):
 
 
 def attacked(r): return next(r.path.glob('decoder-*'))
+
+
+def instead_of(path, make):
+    path.unlink()
+    make(path)
 
 
 def replaced_by(path, other):
