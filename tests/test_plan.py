@@ -56,7 +56,8 @@ def test_restarts_and_images_count(known):
 
 def test_times_that_contradict_each_other_give_none_below_zero(known, monkeypatch):
     falling = iter([3.0, 2.0]*3)
-    monkeypatch.setattr(plan, 'sweep', lambda base, rows, **how: pd.DataFrame([times(base.replace(**r)) | dict(seconds_train=next(falling)) for r in rows]))
+    taken = lambda base, rows, **how: pd.DataFrame([times(base.replace(**r)) | dict(seconds_train=next(falling)) for r in rows])
+    monkeypatch.setattr(plan, 'sweep', taken)
     assert (pilot(BASE, ROWS)[['epoch', 'once']] >= 0).all(axis=None)
 
 
