@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOSE', 'CEMS', 'eq5', 'batch_moments', 'share_of_batch', 'eq6', 'logdet_ratio', 'eq7', 'at_least_float32',
-           'MixtureState', 'EpochMixture', 'MixtureLoss', 'CEM']
+           'MixtureState', 'EpochMixture', 'in_backward', 'MixtureLoss', 'CEM']
 
 # %% ../nbs/3_defend/01_cem.ipynb #09a4a065
 from collections.abc import Callable, Iterable
@@ -151,6 +151,11 @@ class EpochMixture(MixtureState):
         return self.fit(torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs]))
 
 # %% ../nbs/3_defend/01_cem.ipynb #9b82c0fd
+def in_backward() -> bool:
+    "Whether a backward pass is under way, in which `torch.utils.checkpoint` computes the forward pass once more."
+    return torch._C._current_graph_task_id() != -1
+
+
 class MixtureLoss(EpochMixture):
     "L_C of a batch by Eq. 5 to 7; variants have another `batch` or `bound`."
     noise_std: float
@@ -174,11 +179,26 @@ class MixtureLoss(EpochMixture):
         if z_hat.shape[1] == self.mu.shape[1]: return z_hat
         raise ValueError(f'the features are {z_hat.shape[1]} wide, those of the fit {self.mu.shape[1]}: match them')
 
+    _last = None  # features of the batch that moved the mixture last, and the state before it
+
+    def _before(self, z):
+        "The state that the last batch found, for a backward pass that computes it once more."
+        features, *state = self._last
+        if features.shape == z.shape and torch.allclose(features, z, rtol=1e-3, atol=1e-6): return state
+        raise RuntimeError('a batch before the last one is computed once more in the backward pass; call backward after every batch, '
+                           'or leave CEM out of what is checkpointed')
+
     def nats(self, z_hat, y):
-        "L_C of a batch, differentiable; in training the mixture moves on."
-        z = self.checked(z_hat)
-        with torch.autocast(z.device.type, enabled=False): l_c, pi, Sigma = self.batch(z, y)
-        if self.training and l_c.requires_grad: self.pi, self.Sigma = pi.detach(), Sigma.detach()
+        "L_C of a batch, differentiable; in training the mixture moves on, once for every batch."
+        z, state, backward = self.checked(z_hat), (self.pi, self.Sigma), in_backward()
+        again = backward and self._last is not None
+        if again: self.pi, self.Sigma = self._before(z)
+        try:
+            with torch.autocast(z.device.type, enabled=False): l_c, pi, Sigma = self.batch(z, y)
+        finally: self.pi, self.Sigma = state
+        if again or not self.training: return l_c
+        if not backward: self._last = (z.detach(), *state) if l_c.requires_grad else None
+        if l_c.requires_grad: self.pi, self.Sigma = pi.detach(), Sigma.detach()
         return l_c
 
 # %% ../nbs/3_defend/01_cem.ipynb #1235bd4f

@@ -1,11 +1,14 @@
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import cem_nb.cem_variants  # registers them
 from cem_nb.cem import CEM, CEMS, DOSE, batch_moments, eq5, eq6, eq7, logdet_ratio
 from cem_nb.core import record_of
 from cem_nb.bounds import mutual_information_bound
@@ -264,6 +267,31 @@ def test_looking_does_not_change_the_training():
     cem.eval()
     assert grad_of(cem, z[20:60], y[20:60])[0].item() == pytest.approx(value.item())
     for key in ('pi', 'mu', 'Sigma'): assert torch.equal(before[key], cem.get_extra_state()[key])
+
+
+def checkpointed(reentrant): return partial(checkpoint, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize('variant', sorted({*CEMS} - {'balanced'}))  # which weighs itself against a loss of the same tensor
+@pytest.mark.parametrize('how', [checkpointed(False), checkpointed(True)], ids=['plain', 'reentrant'])
+def test_a_batch_that_is_computed_twice_counts_once(how, variant):
+    "Two batches: the second has the state that the first has left."
+    def trained(call):
+        z, y = features()
+        cem, grads = CEMS[variant](noise_std=SIGMA, n_classes=3, n_epochs=2).fit(z, y), []
+        for i in (0, 20):
+            x = z[i:i + 20].clone().requires_grad_()
+            call(lambda x, cem=cem, y=y[i:i + 20]: cem(2*x, y), x).backward()
+            grads.append(x.grad)
+        return [*grads, cem.pi, cem.Sigma]
+    for got, want in zip(trained(how), trained(lambda f, x: f(x))): torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_batch_of_long_ago_is_not_computed_again():
+    cem, z, y = fitted()
+    first, second = (z[i:i + 20].clone().requires_grad_() for i in (0, 20))
+    loss = checkpointed(False)(cem, first, y[:20]) + checkpointed(False)(cem, second, y[20:40])
+    with pytest.raises(RuntimeError, match='call backward after every batch'): loss.backward()
 
 
 def test_state_survives_and_global_randomness_is_left_alone():
