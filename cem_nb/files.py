@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIGESTS', 'DEPTH', 'FRESH', 'flush', 'write_whole', 'DamagedError', 'stamped', 'read_stamped', 'UnsealedError',
            'write_sealed', 'sealed_digests', 'read_sealed', 'RunError', 'BusyError', 'DamagedRunError', 'writing',
-           'final_name', 'being_run', 'remove', 'drop_checkpoints', 'write_then_rename', 'state_of']
+           'final_name', 'being_run', 'remove', 'check_free', 'drop_checkpoints', 'write_then_rename', 'state_of']
 
 # %% ../nbs/1_base/02_files.ipynb #dfa6b9b9
 import hashlib, json, os, shutil, stat, time, uuid
@@ -54,9 +54,15 @@ class DamagedError(ValueError):
 def stamped(data: bytes) -> bytes: return bytes(data) + hashlib.sha256(data).digest()
 
 
+def _content(path: Path) -> bytes:
+    "Of a file; what else has its name, such as a folder or a pipe that never ends, was not written here."
+    if not stat.S_ISREG(os.stat(path).st_mode): raise DamagedError(f'{path} is no file')
+    return path.read_bytes()
+
+
 def read_stamped(path: Path) -> bytes:
     "What was stamped and written. Raises `DamagedError`, or `OSError` where the file cannot be read."
-    whole = path.read_bytes()
+    whole = _content(path)
     data, digest = whole[:-32], whole[-32:]
     if hashlib.sha256(data).digest() == digest: return data
     raise DamagedError(f'{path} is not as it was written')
@@ -74,12 +80,6 @@ def write_sealed(folder: Path, files: dict[str, bytes]):
     listed = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     for name, data in (files | {DIGESTS: json.dumps(listed, indent=1).encode()}).items():
         write_whole(folder/name, lambda part, data=data: part.write_bytes(data))
-
-
-def _content(path: Path) -> bytes:
-    "Of a file; what else has its name, such as a folder or a pipe that never ends, was not written here."
-    if not stat.S_ISREG(os.stat(path).st_mode): raise DamagedError(f'{path} is no file')
-    return path.read_bytes()
 
 
 def sealed_digests(folder: Path) -> dict[str, str]:
@@ -151,10 +151,16 @@ def remove(folder: Path):
     finally: lock.release()
 
 
+def check_free(final: Path):
+    "Raises `RunError` if what is there is no folder."
+    if os.path.lexists(final) and not final.is_dir():
+        raise RunError(f'{final} is no folder, so no run can have this name; remove it and start again')
+
+
 def drop_checkpoints(final: Path):
     "Remove what a finished folder needs no more; what cannot be removed just now stays for the next start."
-    for checkpoint in final.glob('checkpoint*'):
-        with suppress(OSError): checkpoint.unlink()
+    with suppress(OSError):
+        for checkpoint in [*final.glob('checkpoint*')]: checkpoint.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -167,7 +173,7 @@ def write_then_rename(final: Path):
     try:
         if final.is_dir(): raise BusyError(f'{final.name} was finished by another process just now; start again')
         with writing(part): part.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(final): raise RunError(f'{final} is no folder, so no run can have this name; remove it and start again')
+        check_free(final)
         yield part
         with writing(part):
             os.replace(part, final)

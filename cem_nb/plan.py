@@ -6,14 +6,13 @@
 __all__ = ['LENGTHS', 'epochs_of', 'work_of', 'blank_data', 'pilot', 'estimate', 'makespan']
 
 # %% ../nbs/5_run/13_plan.ipynb #2256a1ea
-import heapq
+import heapq, math
 from collections.abc import Iterable
 from math import prod
 from typing import Any
 
 import pandas as pd
 import torch
-from scipy.optimize import nnls
 
 from .core import whole
 from .cost import macs
@@ -63,24 +62,43 @@ def _short(e: Experiment, n: int) -> dict[str, int]:
     return dict(epochs=n) | {f'{a.name}__{k}': v for a in trained for k, v in dict(n_epochs=n, restarts=1).items()}
 
 
+def _line(name: str, epochs: list[int], seconds: list[float]) -> tuple[float, float]:
+    "Seconds of an epoch, and those beside epochs. Raises `ValueError`."
+    if not all(map(math.isfinite, seconds)): raise ValueError(f'{name} diverged within {max(epochs)} epochs; lower lr, or leave it out')
+    if epochs[0] == epochs[1]: return 0.0, sum(seconds)/2
+    a = (seconds[1] - seconds[0])/(epochs[1] - epochs[0])
+    if a > 0: return a, seconds[0] - a*epochs[0]
+    raise ValueError(f'{epochs[1]} epochs of {name} took no longer than {epochs[0]}; remove these runs, and time them again with '
+                     'greater lengths, or while nothing else is at work')
+
+
 def pilot(
     base: Experiment,
     rows: Iterable[dict[str, Any]],    # as for `sweep`; each defence once with CEM at most, and once without
     *,
     lengths: tuple[int, int] = LENGTHS,
-    **how,                             # device, backend, n_jobs
-) -> pd.DataFrame:  # index defense, cem, part; columns epoch and once in seconds, work in multiply-accumulates of an epoch
-    "Time short runs of every row. Those that the store has are not run again: they tell of the time when they were."
-    rows, found = list(rows), {}
-    times = sweep(base, [r | _short(base, n) for r in rows for n in lengths], test=False, **how).to_dict('records')
-    for i, row in enumerate(rows):
-        runs = [base.replace(**row, **_short(base, n)) for n in lengths]
-        work = work_of(runs[0], data_on(runs[0].data, torch.device('cpu'))[0])
-        for part in work:
-            design = [[epochs_of(e)[part], 1] for e in runs]
-            (epoch, once), _ = nnls(design, [t[f'seconds_{part}'] for t in times[2*i:2*i + 2]])
-            found[runs[0].defense, runs[0].cem is not None, part] = dict(epoch=epoch, once=once, work=work[part])
-    if len(found) < len(rows)*len(work): raise ValueError('a defence is in the rows twice; give each once with CEM and once without')
+    device: str = 'auto',              # as for `sweep`, as are the next two
+    backend: str = 'loky',
+    n_jobs: int = 1,
+) -> pd.DataFrame:  # index defense, cem, part; columns epoch and once in seconds, work in multiply-accumulates of an epoch; hardware, date
+    """Time short runs of every row. Those that the store has are not run again: they tell of the day and the machine that they had.
+
+    Raises `ValueError` for rows or lengths that cannot be told apart, and for times that give no line."""
+    if len(lengths) != 2 or not lengths[0] < lengths[1]: raise ValueError(f'lengths are {lengths}; give two, the shorter first')
+    points = [dict(r) | _short(base, n) for r in rows for n in lengths]
+    runs = [base.replace(**p) for p in points]
+    if not runs or len({(e.defense, e.cem is not None) for e in runs})*2 < len(runs):
+        raise ValueError('there are no rows, or a defence is in them twice; give each once with CEM, once without, or both')
+    frame, found = sweep(base, points, device=device, backend=backend, n_jobs=n_jobs), {}
+    if frame.hardware.dropna().nunique() > 1:
+        raise ValueError(f'the short runs were timed on {" and ".join(frame.hardware.dropna().unique())}; time all on one kind')
+    for i in range(0, len(runs), 2):
+        pair, e = frame.iloc[i:i + 2], runs[i]
+        for part, work in work_of(e, data_on(e.data, torch.device('cpu'))[0]).items():
+            seconds = [*pair.get(f'seconds_{part}', [math.nan])]
+            epoch, once = _line(f'{e.row}: {part}', [epochs_of(r)[part] for r in runs[i:i + 2]], seconds)
+            found[e.defense, e.cem is not None, part] = dict(epoch=epoch, once=once, work=work, hardware=pair.hardware.iloc[0],
+                                                             date=pair.date.max())
     return pd.DataFrame.from_dict(found, orient='index').rename_axis(['defense', 'cem', 'part'])
 
 # %% ../nbs/5_run/13_plan.ipynb #3172c66c
@@ -89,7 +107,9 @@ def estimate(
     e: Experiment,
     data: ImageData,      # of the experiment, or `blank_data` of its size
 ) -> dict[str, float]:    # by part
-    "Seconds that a run would take where the pilot was timed. Raises `ValueError` for a row or an attack that was not in it."
+    """Seconds that a run would take where the pilot was timed. Raises `ValueError` for a row or an attack that was not in it.
+
+    What shapes a step must be as in the pilot: network, width, cut, batch sizes, and the defence's own settings."""
     work, epochs = work_of(e, data), epochs_of(e)
     try: rows = {part: known.loc[e.defense, e.cem is not None, part] for part in work}
     except KeyError as missing: raise ValueError(f'{missing} was not in the pilot; time it too') from None

@@ -26,7 +26,7 @@ from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
 from .data import ImageData, load_data, to_float
 from .experiment import DataSettings, Experiment, TrainSettings
-from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, UnsealedError, being_run, drop_checkpoints,
+from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, UnsealedError, being_run, check_free, drop_checkpoints,
                           read_sealed, sealed_digests, write_sealed, write_then_rename, writing)
 from .loop import seconds_in
 from .methods import DEFENSES
@@ -321,9 +321,9 @@ def missing_parts(
 def check_stored(e: Experiment, fingerprint: str):
     "Read what the store has of an experiment, if anything. Raises `RunError` for what is damaged or of another version."
     found, missing = Run(run_path(e, fingerprint), e), missing_parts(e, fingerprint)
-    if e.training in missing: return
-    with suppress(DivergedError):
-        found.result
+    if e.training in missing: return check_free(found.path)
+    with suppress(DivergedError), _reading(found.path):
+        if found.result and missing: read_sealed(found.path/WEIGHTS)  # an attack will need them
         for a in e.attacks: found.attack(a.name) if a not in missing else None
 
 

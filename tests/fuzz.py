@@ -6,6 +6,7 @@ import argparse
 import faulthandler
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -412,6 +413,7 @@ def got(read, name):
 
 def store(data, place):
     names, truth = filled(place)
+    assert runs_dir().is_relative_to(place), 'this is not the store of a fuzzer'
     shutil.rmtree(runs_dir())
     shutil.copytree(place/'whole', runs_dir())
     c = Choices(data)
@@ -465,10 +467,10 @@ def tried(target, data, place):
         raise
 
 
-def at_random(target, place, seconds, seed):
-    "Inputs until the time is over; how many."
+def at_random(target, place, seed, seconds=math.inf, inputs=math.inf):
+    "Inputs until the time is over, or so many; how many there were."
     rng, end, n = random.Random(seed), time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+    while time.monotonic() < end and n < inputs:
         tried(target, rng.randbytes(rng.randrange(4, 80)), place)
         n += 1
     return n
@@ -499,7 +501,7 @@ def main():
         elif atheris and not a.random: guided(a.target, place, a.seconds, a.seed)
         else:
             faulthandler.dump_traceback_later(a.seconds + 6*SECONDS, exit=True)
-            print(f'{at_random(a.target, place, a.seconds, a.seed):,} inputs, and none that breaks the rules')
+            print(f'{at_random(a.target, place, a.seed, a.seconds):,} inputs, and none that breaks the rules')
 
 
 if __name__ == '__main__': main()

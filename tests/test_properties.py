@@ -286,13 +286,13 @@ class AFolder(RuleBasedStateMachine):
         if want is None:
             classes = {c for _, c in self.tree} | {'a', 'b'}
             for p, c in itertools.product(('train', 'test'), classes): self.put(p, c, '0.png', 2, False, False)
-        time.sleep(0.012)
+        time.sleep(0.045)
         self.reads(as_listed(self.tree))
 
 
 def test_a_folder_that_changes_is_read_as_it_is(monkeypatch):
     "From whatever cache: none of them outlives a change, and each is used."
-    monkeypatch.setattr(files, 'FRESH', 10**7)  # nanoseconds: no tick of a disk's clock is longer here
+    monkeypatch.setattr(files, 'FRESH', 4*10**7)  # nanoseconds, some ticks of a disk's clock
     hits = load_data.__globals__['_loaded'].cache_info().hits
     run_state_machine_as_test(AFolder, settings=settings(some(20), stateful_step_count=20))
     assert load_data.__globals__['_loaded'].cache_info().hits > hits + 20
@@ -491,8 +491,8 @@ def test_a_store_under_kills_and_damage_has_the_numbers_of_one_that_was_left_alo
     assert AStore.deaths > 10
 
 
-# the fuzzer's targets, for some seconds each
+# the fuzzer's targets, for some inputs each
 
 @pytest.mark.parametrize('target', fuzz.TARGETS)
 def test_a_short_search_finds_nothing(target, tmp_path):
-    assert fuzz.at_random(target, tmp_path, seconds=3, seed=0) > 5
+    assert fuzz.at_random(target, tmp_path, seed=0, inputs=20) == 20

@@ -385,6 +385,6 @@ def test_code_that_cannot_be_read_is_warned_of(monkeypatch):
 
 def test_what_a_kill_right_after_the_rename_leaves_is_removed_by_the_next_start():
     run = one()
-    strays = [run.path/'checkpoint.pt', run.path/'checkpoint.pt.0123.tmp', next(p for p in run.path.iterdir() if p.is_dir())/'checkpoint-0.pt']
+    strays = [run.path/'checkpoint.pt', run.path/'checkpoint.pt.0123.tmp', attacked(run)/'checkpoint-0.pt']
     for p in strays: p.write_bytes(b'x')
     assert not one().new and not any(p.exists() for p in strays)

@@ -1,10 +1,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import BrokenExecutor
 
 import pandas as pd
 import psutil
@@ -12,7 +14,7 @@ import pytest
 
 import cem_nb.store as store
 import cem_nb.sweep
-from cem_nb.backends import BACKENDS
+from cem_nb.backends import BACKENDS, Here
 from cem_nb.cem import CEM, CEMS
 from cem_nb.core import runs_dir
 from cem_nb.data import DataError
@@ -97,13 +99,22 @@ sweep(base, cem=[False, True]).to_json('out.json')
 '''
 
 
-@pytest.mark.parametrize('file', ['digests.json', 'result.json', 'decoder*/result.json'])
+@pytest.mark.parametrize('file', ['digests.json', 'result.json', 'decoder*/result.json', 'weights.safetensors'])
 def test_what_is_damaged_in_the_store_is_said_before_the_first_run(file, monkeypatch):
     sweep(TINY, seed=[1])
     path = next(runs_dir().glob(f'Bottleneck-s1-*/{file}'))
     path.write_bytes(path.read_bytes()[:-3])
     monkeypatch.setattr(store, 'train', lambda *a, **k: pytest.fail('a training began'))
-    with pytest.raises(RunError, match=rf'{path.name} .*remove .* and start again'): sweep(TINY, seed=[0, 1])
+    also = TINY.replace(attacks=(DECODER, Oracle(n_images=20)))  # which needs the weights
+    with pytest.raises(RunError, match=rf'{path.name} .*remove .* and start again'): sweep(also, seed=[0, 1])
+
+
+def test_a_file_where_a_run_belongs_is_said_before_the_first_run(monkeypatch):
+    sweep(TINY.replace(attacks=()), seed=[1])
+    path = next(runs_dir().glob('Bottleneck-s1-*'))
+    shutil.rmtree(path), path.write_text('x')
+    monkeypatch.setattr(store, 'train', lambda *a, **k: pytest.fail('a training began'))
+    with pytest.raises(RunError, match=f'{path.name} is no folder'): sweep(TINY, seed=[0, 1])
 
 
 @pytest.mark.slow
@@ -160,6 +171,15 @@ def test_a_worker_that_dies_is_a_clear_error():
     with pytest.raises(RunError, match='fewer jobs'): sweep(TINY, compute=dying, n_jobs=2, seed=[0, 1])
 
 
+def test_what_waits_when_a_worker_dies_is_told_so_too(monkeypatch):
+    class Broken(Here):
+        def submit(self, *args): raise BrokenExecutor('a worker died')
+    monkeypatch.setitem(BACKENDS, 'loky', lambda *a: Broken(1))
+    pool = Pool(store.run, [TINY, TINY.replace(seed=1)], 2)
+    for e in TINY, TINY.replace(seed=1):
+        with pytest.raises(RunError, match='fewer jobs'): pool.outcome(e)
+
+
 def chatty(e):
     "A run of a thousand stages that nobody listens to."
     for n in range(3000): [tell(f'stage {n}', 1) for tell in Progress.listeners]
@@ -168,7 +188,10 @@ def chatty(e):
 
 def workers():
     "How many there are; the tracker of their resources stays, and is none."
-    return sum('LokyProcess' in ' '.join(p.cmdline()) for p in psutil.Process().children(recursive=True) if p.is_running())
+    def is_one(process):
+        try: return 'LokyProcess' in ' '.join(process.cmdline())
+        except psutil.Error: return False  # it is ending
+    return sum(map(is_one, psutil.Process().children(recursive=True)))
 
 
 def test_a_worker_that_nobody_listens_to_ends():
