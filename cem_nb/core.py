@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator
 from torch import Tensor
 
 from . import __version__
@@ -65,9 +65,16 @@ def committed_dir() -> Path:
     return project_dir()/'figures'
 
 # %% ../nbs/1_base/01_core.ipynb #f6592505
+def _one_zero(v: Any) -> Any:
+    "-0.0 is 0.0 in all that is computed, so it must be in names too."
+    if isinstance(v, tuple): return tuple(map(_one_zero, v))
+    return v + 0.0 if type(v) is float else v
+
+
 class Record(BaseModel):
-    "A frozen record that refuses unknown fields, wrong types and values out of range."
+    "A frozen record that refuses unknown fields, wrong types and values out of range; it knows one zero only."
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
+    _zero = field_validator('*')(classmethod(lambda cls, v: _one_zero(v)))
 
 # %% ../nbs/1_base/01_core.ipynb #87f4b310
 Positive = Annotated[float, Field(gt=0)]

@@ -65,7 +65,7 @@ class Experiment(Record):
         if len(names) > len(set(names)): raise ValueError(f'attacks are {", ".join(names)}; give each once')
         make_defense(self.defense, self.params)     # raises for a setting that the defence does not have
         params = DEFENSES[self.defense].settings | self.params
-        object.__setattr__(self, 'params', {k: float(v) if type(v) is int else v for k, v in params.items()})
+        object.__setattr__(self, 'params', {k: v + 0.0 if type(v) in (int, float) else v for k, v in params.items()})
 
     @property
     def row(self) -> str:

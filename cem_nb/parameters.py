@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Seeds', 'Lams', 'Cuts', 'NoiseStds', 'Methods', 'Attacks', 'ParameterError', 'as_items', 'as_numbers', 'as_floats',
-           'SweepParameters', 'TableParameters', 'table_base', 'with_and_without', 'table_rows', 'read_parameters',
-           'changed']
+           'RunParameters', 'SweepParameters', 'TableParameters', 'table_base', 'with_and_without', 'table_rows',
+           'read_parameters', 'changed']
 
 # %% ../nbs/5_run/05_parameters.ipynb #9819c3bb
 import ast, difflib
@@ -55,13 +55,17 @@ Methods = Annotated[tuple[DEFENSES.Name, ...], BeforeValidator(lambda v: tuple(D
 Attacks = Annotated[tuple[ATTACKS.Name, ...], BeforeValidator(as_items), Field(min_length=1)]
 
 # %% ../nbs/5_run/05_parameters.ipynb #9eaec499
-class SweepParameters(Record):
-    "What every notebook that computes runs can be asked: from which preset, on which data, and where."
+class RunParameters(Record):
+    "What every notebook that computes runs can be asked: from which preset, on which data, and how many at a time."
     preset: PRESETS.Name = 'quick'
     dataset: str = 'digits'
+    n_jobs: Count = 2
+
+
+class SweepParameters(RunParameters):
+    "... and where, if it computes them before it goes on."
     device: str = 'auto'
     backend: BACKENDS.Name = 'loky'
-    n_jobs: Count = 2
 
 
 class TableParameters(SweepParameters):

@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from .attack import ATTACKS
-from .core import Count, Positive, Record, Seed
-from .experiment import PRESETS, CEMSettings, Experiment, ModelSettings, preset
+from .core import Positive, Seed
+from .experiment import CEMSettings, Experiment, ModelSettings, preset
 from .floors import Floors, plot_floors
 from .methods import DEFENSES
-from .parameters import Cuts, Lams
+from .parameters import Cuts, Lams, RunParameters
 from .store import Run, check_sizes, data_on, missing_parts, run_path
 from .style import COLORS
 from .tradeoff import cut_at, plane
@@ -34,15 +34,12 @@ from .tradeoff import cut_at, plane
 CPU = torch.device('cpu')
 
 
-class PlaygroundParameters(Record):
+class PlaygroundParameters(RunParameters):
     "What a reader can ask of the playground."
     lams: Lams = (0.0, 4.0, 16.0, 64.0)
     cuts: Cuts = (1, 2, 3)
     noise_std: Positive = ModelSettings().noise_std  # of the training, as in the tables
-    preset: PRESETS.Name = 'quick'
-    dataset: str = 'digits'
     seed: Seed = 0
-    n_jobs: Count = 2
 
 # %% ../nbs/6_look/07_shelf.ipynb #40c84151
 class Shelf:

@@ -105,3 +105,12 @@ def test_each_data_set_has_the_papers_schedule():
     gan, = preset('paper', (GAN(),)).attacks
     assert (gan.n_epochs, gan.lr, gan.penalty, gan.width, gan.blocks) == (150, 0.005, 10.0, 64, 8)
     with pytest.raises(ValueError, match='quick'): preset('quik')
+
+
+def test_zero_has_one_name():
+    "-0.0 computes the same as 0.0, so it must not be stored as another run."
+    minus = dict(weight_decay=-0.0, momentum=-0.0, drops=(-0.0, 0.5), noise_std=-0.0, decoder__weight_decay=-0.0)
+    plus = {k: (0.0, 0.5) if k == 'drops' else 0.0 for k in minus}
+    assert Experiment().replace(**minus).model_dump_json() == Experiment().replace(**plus).model_dump_json()
+    twin = [Experiment(defense='DistCorr', params=dict(alpha=v)).model_dump_json() for v in (-0.0, 0.0, 0)]
+    assert len(set(twin)) == 1
