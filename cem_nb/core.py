@@ -239,7 +239,7 @@ def finite_tensor(
     if (x.ndim < 2 if ndim is None else x.ndim not in allowed) or 0 in x.shape[1:]:
         axes = '[N, ...]' if ndim is None else f'{" or ".join(map(str, allowed))} axes'
         raise ValueError(f'{name} has shape {list(x.shape)}; give {axes}, none of them empty')
-    if not x.sum(dtype=torch.float64).isfinite():
+    if x.numel() and not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN is the least and the largest
         raise ValueError(f'{name} holds NaN or inf; mend it first (a diverged encoder?)')
     return x
 
