@@ -18,6 +18,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from .core import Count, Record, Registry, finite_tensor, only_bytes, register, seeded, stage_seed, whole
 from .data import Split, batches
+from .engine import outside_autocast
 from .models import SplitModel, evaluating
 from .ssim import ssim_zero
 
@@ -78,7 +79,7 @@ def scored(
     some_images(images), whole(draws=draws), whole(batch_size=batch_size)
     device = images.x.device
     scores = Scores(device)
-    with seeded(seed, 'score', device=device), torch.autocast(device.type, enabled=False):
+    with seeded(seed, 'score', device=device), outside_autocast(device):
         for _ in range(draws):
             for x, _ in batches(images, batch_size): scores.add(reconstruct(model, attacker, x).float(), x)
     return scores

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Count, NonNegative, Positive, Registry, Seed, cholesky, finite_tensor, number, register, whole
+from .engine import outside_autocast
 from .kmeans import assign
 from .mixture import GaussianMixture
 
@@ -90,6 +91,8 @@ class MixtureState(nn.Module):
         # buffers follow `.to(device)`; their sizes are known after the first fit only, so they are saved as extra state
         for name in ('pi', 'mu', 'Sigma'): self.register_buffer(name, None, persistent=False)
         self.register_buffer('l_c', torch.zeros(()), persistent=False)
+
+    networks = ()  # in which precision networks run is no matter of a mixture's
 
     def form(self) -> dict:
         "What two regularisers must have in common for one to go on from the other's state."
@@ -194,7 +197,7 @@ class MixtureLoss(EpochMixture):
         again = backward and self._last is not None
         if again: self.pi, self.Sigma = self._before(z)
         try:
-            with torch.autocast(z.device.type, enabled=False): l_c, pi, Sigma = self.batch(z, y)
+            with outside_autocast(z.device): l_c, pi, Sigma = self.batch(z, y)
         finally: self.pi, self.Sigma = state
         if again or not self.training: return l_c
         if not backward: self._last = (z.detach(), *state) if l_c.requires_grad else None

@@ -6,21 +6,21 @@
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'definition', 'register', 'of_this_package',
            'own_source', 'number', 'whole', 'one_of', 'floating_tensor', 'only_bytes', 'finite_tensor', 'finite_array',
-           'result_dtype', 'cholesky', 'outside_autocast', 'full_precision', 'stage_seed', 'seeded', 'provenance']
+           'result_dtype', 'cholesky', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
 import hashlib, inspect, json, math, os, platform, warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import reduce, wraps
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_serializer
 from torch import Tensor
 
 from . import __version__
@@ -74,7 +74,13 @@ def _one_zero(v: Any) -> Any:
 class Record(BaseModel):
     "A frozen record that refuses unknown fields, wrong types and values out of range; it knows one zero only."
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
+    later: ClassVar[tuple[str, ...]] = ()  # fields that came later: not written while they have their defaults, so that old names stay
     _zero = field_validator('*')(classmethod(lambda cls, v: _one_zero(v)))
+
+    @model_serializer(mode='wrap')
+    def _written(self, handler):
+        usual = [k for k in self.later if getattr(self, k) == type(self).model_fields[k].default]
+        return {k: v for k, v in handler(self).items() if k not in usual}
 
 # %% ../nbs/1_base/01_core.ipynb #87f4b310
 Positive = Annotated[float, Field(gt=0)]
@@ -274,41 +280,6 @@ def cholesky(
     which = f'{name} {info.flatten().nonzero()[0, 0]}' if s.ndim > 2 else name
     raise ValueError(f'{which} is not positive definite, so its entropy is -inf: add noise, raise reg_covar, or drop the '
                      'directions without variance')
-
-# %% ../nbs/1_base/01_core.ipynb #39ac7756
-def outside_autocast(device: torch.device):
-    "Context without automatic mixed precision on that kind of device."
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
-
-
-class _Exact(torch.autograd.Function):
-    "A function of tensors whose forward and backward pass run outside autocast."
-    @staticmethod
-    def forward(ctx, function, *tensors):
-        ctx.inputs = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-        with torch.enable_grad(), outside_autocast(tensors[0].device): ctx.value = function(*ctx.inputs)
-        return ctx.value.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, slope):
-        asked = [x for x in ctx.inputs if x.requires_grad]
-        with outside_autocast(slope.device):
-            found = iter(torch.autograd.grad(ctx.value, asked, slope, retain_graph=True))
-        return None, *(next(found) if x.requires_grad else None for x in ctx.inputs)
-
-# %% ../nbs/1_base/01_core.ipynb #3f6c2128
-def full_precision(
-    function: Callable,  # of floating point tensors alone, to one tensor
-) -> Callable:           # once differentiable
-    "`function` outside autocast and in float32 or float64; raises `TypeError` for tensors of whole numbers."
-    def widen(x):
-        if not x.is_floating_point(): raise TypeError(f'got {x.dtype}; give floating point (images as numbers in [0, 1], not bytes)')
-        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-    @wraps(function)
-    def exact(*tensors): return _Exact.apply(function, *map(widen, tensors))
-    return exact
 
 # %% ../nbs/1_base/01_core.ipynb #8a4eb75f
 def stage_seed(

@@ -29,6 +29,9 @@ class Defense(nn.Module):
 
     def __init__(self): super().__init__()
 
+    @property
+    def networks(self): return tuple(self.children())
+
     def model(
         self,
         arch: str, n_classes: int,

@@ -9,8 +9,9 @@ __all__ = ['pairwise_distances', 'double_centred', 'distance_correlation', 'Dist
 import torch
 from torch import Tensor
 
-from .core import full_precision, number
+from .core import number
 from .defense import Defense, defense
+from .engine import full_precision
 
 # %% ../nbs/3_defend/04_distcorr.ipynb #e35c7123
 def pairwise_distances(

@@ -7,7 +7,7 @@ __all__ = ['DataSettings', 'ModelSettings', 'CEMSettings', 'AnyAttack', 'PRESETS
            'flat_settings', 'preset']
 
 # %% ../nbs/5_run/01_experiment.ipynb #b7ad39d6
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
@@ -18,6 +18,7 @@ from .core import Count, NonNegative, Positive, Record, Registry, Seed, Share, r
 from .data import load_data
 from .decoder import DecoderAttack
 from .defense import make_defense
+from .engine import EngineSettings
 from .gan import GAN
 from .methods import DEFENSES
 from .models import split_model
@@ -38,6 +39,12 @@ class TrainSettings(Record):
     weight_decay: NonNegative = 5e-4
     drops: tuple[Share, ...] = (0.25, 0.5, 0.75, 0.875)  # shares of the epochs after which the rate falls
     gamma: Positive = 0.2                                # ... to this share of itself
+    schedule: Literal['steps', 'onecycle'] = 'steps'     # onecycle: up to `lr` and down to 0 again; `drops` and `gamma` play no part
+    nesterov: bool = False
+    later: ClassVar[tuple[str, ...]] = ('schedule', 'nesterov')
+
+    def model_post_init(self, _):
+        if self.nesterov and not self.momentum: raise ValueError('nesterov needs momentum; give a momentum > 0')
 
 # %% ../nbs/5_run/01_experiment.ipynb #cb6c48df
 AnyAttack = Annotated[Attack, BeforeValidator(lambda a: attack_from(a) if isinstance(a, dict) else a),
@@ -52,9 +59,11 @@ class Experiment(Record):
     params: dict[str, float | bool | str] = {}      # of the defence; those it is registered with fill in the others
     cem: CEMSettings | None = None                  # None: without CEM
     training: TrainSettings = TrainSettings()
+    engine: EngineSettings = EngineSettings()       # of the training and of the attacks' trainings
     attacks: tuple[AnyAttack, ...] = (DecoderAttack(),)
     seed: Seed = 0
     preset: str = ''                                # what it began as: a label, of no effect on the numbers
+    later: ClassVar[tuple[str, ...]] = ('engine',)
 
     def model_post_init(self, _):
         if self.cem and not self.cem.lam: object.__setattr__(self, 'cem', None)  # a weight of 0 is no CEM
@@ -87,7 +96,7 @@ def _updated(record: Record, changes: dict) -> Record: return type(record)(**(di
 def _place_of(experiment: Experiment, name: str) -> str:
     "The part of the record that the setting belongs to."
     if name in Experiment.model_fields: return ''
-    for part in ('data', 'model', 'training'):
+    for part in ('data', 'model', 'training', 'engine'):
         if name in type(getattr(experiment, part)).model_fields: return part
     if name in CEMSettings.model_fields: return 'cem'
     if name.split('__')[0] in {a.name for a in experiment.attacks} and '__' in name: return 'attacks'
@@ -117,13 +126,13 @@ def replaced(
     for name in {'arch', 'dataset'} & set(settings) if experiment.preset == 'paper' else ():
         if settings[name] != flat_settings(experiment)[name]:
             raise ValueError(f"{name} decides on epochs and batch size of the preset paper; give it to preset('paper', ...)")
-    parts = {part: {} for part in ('', 'data', 'model', 'training', 'cem', 'attacks')}
+    parts = {part: {} for part in ('', 'data', 'model', 'training', 'engine', 'cem', 'attacks')}
     for name, value in settings.items(): parts['cem' if name == 'cem' else _place_of(experiment, name)][name] = value
     changes = parts.pop('')
     if changes.get('defense', experiment.defense) != experiment.defense: changes.setdefault('params', {})  # not this one's
     if parts['cem']: changes['cem'] = _replaced_cem(experiment.cem, parts['cem'])
     if parts['attacks']: changes['attacks'] = _replaced_attacks(experiment.attacks, parts['attacks'])
-    for part in ('data', 'model', 'training'):
+    for part in ('data', 'model', 'training', 'engine'):
         changes[part] = _updated(changes.get(part, getattr(experiment, part)), parts[part])
     return _updated(experiment, changes)
 
@@ -134,7 +143,7 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
     cem = dict(e.cem or CEMSettings()) | dict(lam=e.cem.lam if e.cem else 0.0)
     own = {f'{a.name}__{k}': v for a in e.attacks for k, v in dict(a).items()}
     return dict(defense=e.defense, cem=e.cem is not None, seed=e.seed, preset=e.preset, **dict(e.data), **dict(e.model),
-                **cem, params=e.params, **dict(e.training), **own)
+                **cem, params=e.params, **dict(e.training), **dict(e.engine), **own)
 
 # %% ../nbs/5_run/01_experiment.ipynb #6c47316c
 PRESETS = Registry('preset')

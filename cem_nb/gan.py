@@ -21,6 +21,8 @@ from .models import Decoder, SplitModel
 # %% ../nbs/4_attack/03_gan.ipynb #4244d7e4
 class Critic(nn.Sequential):
     "Scores images [B, C, H, W] in [0, 1], one unbounded number each, [B] (WGAN-GP: Gulrajani et al. 2017)."
+    compiled = False  # the penalty differentiates its gradient
+
     def __init__(
         self,
         image: tuple[int, int, int],  # shape of the image, [C, H, W]; square, at least 8 pixels

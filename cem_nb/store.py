@@ -25,6 +25,7 @@ from .attack import ATTACKS, Attack, best_of_restarts
 from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
 from .data import ImageData, load_data, to_float
+from .engine import using
 from .experiment import DataSettings, Experiment, TrainSettings
 from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, UnsealedError, being_run, check_free, drop_checkpoints,
                           read_sealed, sealed_digests, write_sealed, write_then_rename, writing)
@@ -284,7 +285,7 @@ def _train_into(path: Path, e: Experiment, data: ImageData, fingerprint: str):
 # %% ../nbs/5_run/03_store.ipynb #db7731be
 def _attack_into(path: Path, attack: Attack, e: Experiment, data: ImageData, model: SplitModel):
     with write_then_rename(path) as part:
-        with _timed(part, data.train.x.device) as made:
+        with _timed(part, data.train.x.device) as made, using(e.engine):
             attacker, record = best_of_restarts(
                 attack, model, data.train, data.val, seed=e.seed,
                 checkpoint_of=lambda r: part/f'checkpoint-{r}.pt', label=f'{e.row}, seed {e.seed}: {attack.label} attack')

@@ -16,15 +16,20 @@ from torch import Tensor
 
 from .cem import CEM, CEMS
 from .core import seeded, stage_seed
-from .data import ImageData, Split, batches
+from .data import ImageData, Split, batches, n_batches
 from .defense import Defense, make_defense
+from .engine import using
 from .experiment import Experiment, TrainSettings
-from .loop import epochs
+from .loop import epochs, one_cycle, set_rates
 from .models import SplitModel
 
 # %% ../nbs/5_run/02_training.ipynb #b91ca94d
-def lr_at(t: TrainSettings, epoch: int) -> float:
-    "Learning rate of an epoch, counted from 0."
+def lr_at(
+    t: TrainSettings,
+    epoch: float,  # counted from 0; 0.5 is the middle of the first
+) -> float:
+    "Learning rate at a moment of the training."
+    if t.schedule == 'onecycle': return t.lr*one_cycle(epoch/t.epochs)
     return t.lr*t.gamma**sum(epoch >= round(d*t.epochs) for d in t.drops)
 
 # %% ../nbs/5_run/02_training.ipynb #75d06554
@@ -107,13 +112,13 @@ def train_step(model: SplitModel, defense: Defense, cem: CEM | None, opt, x: Ten
 # %% ../nbs/5_run/02_training.ipynb #de591903
 def train_epoch(experiment: Experiment, data: ImageData, model, defense, cem, opt, epoch: int) -> dict[str, float]:
     "One epoch; the means of its steps. Raises `DivergedError` when the loss is no longer a number."
-    e, ramp = experiment, ramp_at(experiment, epoch)
-    for group in opt.param_groups: group['lr'] = lr_at(e.training, epoch)
+    e, ramp, size = experiment, ramp_at(experiment, epoch), experiment.training.batch_size
     with _blaming_the_network(model, e, epoch):
         if ramp: cem.fit_encoder(model.eval().encode, batches(data.train, 500))     # lines 4-5
         model.train()
         sums = torch.zeros(3, device=data.train.x.device)
-        for i, (x, y) in enumerate(batches(data.train, e.training.batch_size, data.augment, shuffle=True)):
+        for i, (x, y) in enumerate(batches(data.train, size, data.augment, shuffle=True)):
+            set_rates(dict(opt=opt), lr_at(e.training, epoch + (i + 0.5)/n_batches(data.train, size)))
             sums += train_step(model, defense, cem, opt, x.contiguous(memory_format=torch.channels_last), y, ramp)
     defense.end_epoch(model, opt, (epoch + 1)/e.training.epochs)
     means = dict(zip(('loss', 'l_d', 'l_c'), (sums/(i + 1)).tolist()))
@@ -133,11 +138,12 @@ def train(
     e, device, history = experiment, data.train.x.device, []
     defense, model = build(e, data)
     cem, t = build_cem(e, model, data), e.training
-    opt = torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay)
+    opt = torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay, nesterov=t.nesterov)
     state = dict(model=model, opt=opt, defense=defense) | (dict(cem=cem) if cem else {})
-    for epoch in epochs(t.epochs, state=state, history=history, seed=e.seed, stage='train', device=device,
-                        checkpoint=checkpoint, label=label):
-        entry = train_epoch(e, data, model, defense, cem, opt, epoch)
-        if len(data.val): entry['val_acc'] = accuracy(model, data.val)
-        history.append(entry)
+    with using(e.engine):
+        for epoch in epochs(t.epochs, state=state, history=history, seed=e.seed, stage='train', device=device,
+                            checkpoint=checkpoint, label=label):
+            entry = train_epoch(e, data, model, defense, cem, opt, epoch)
+            if len(data.val): entry['val_acc'] = accuracy(model, data.val)
+            history.append(entry)
     return model.eval(), history

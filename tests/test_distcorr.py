@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from precision import AMBIENT, precision_around, value_and_slope
 from scipy.spatial.distance import cdist
 
-from cem_nb.core import full_precision
+from cem_nb.engine import full_precision
 from cem_nb.distcorr import DistCorr, distance_correlation, double_centred, pairwise_distances
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from cem_nb.attack import AttackDivergedError, train_attack
 from cem_nb.core import stage_seed
 from cem_nb.data import Split, batches, load_data
-from cem_nb.decoder import DecoderAttack, cosine
+from cem_nb.decoder import DecoderAttack
 from cem_nb.gan import GAN, Critic, critic_step, generator_step, gradient_penalty
+from cem_nb.loop import cosine
 from cem_nb.models import Decoder, feature_shape, n_params, split_model
 
 TINY = dict(width=8, blocks=0, critic_width=4, n_epochs=3, batch_size=64)
