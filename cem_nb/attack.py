@@ -18,11 +18,12 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from .core import Count, Record, Registry, finite_tensor, only_bytes, register, seeded, stage_seed, whole
 from .data import Split, batches
-from .engine import outside_autocast
+from .engine import float32_by_default, outside_autocast, without_autocast
 from .models import SplitModel, evaluating
 from .ssim import ssim_zero
 
 # %% ../nbs/4_attack/01_attack.ipynb #99973710
+@without_autocast
 @torch.no_grad()
 def reconstruct(
     model: SplitModel,    # the victim; it is not changed
@@ -42,11 +43,13 @@ def some_images(images: Split) -> Split:
 # %% ../nbs/4_attack/01_attack.ipynb #c7c3558d
 class Scores:
     "Scores of reconstructions, filled batch by batch."
+    @float32_by_default()
     def __init__(self, device: torch.device):
         self.errors, self.zero_padded = [], []   # one tensor [B] a batch, float64
         self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
         self.psnr = PeakSignalNoiseRatio(data_range=1.0).to(device)
 
+    @float32_by_default()
     def add(self, x_hat: Tensor, x: Tensor):
         "Reconstructions and images, both [B, C, H, W]."
         self.errors.append((x_hat - x).double().square().flatten(1).mean(1))
@@ -54,6 +57,7 @@ class Scores:
         self.psnr.update(x_hat, x)
         if min(x.shape[2:]) >= 6: self.ssim.update(x_hat, x)
 
+    @float32_by_default()
     def means(self) -> dict[str, float]:
         "One number for each of `Attack.metrics`."
         n = sum(map(len, self.errors))
@@ -163,8 +167,9 @@ def train_attack(
 ) -> tuple[nn.Module, list[dict]]:  # the attacker, in eval mode, and the means of each epoch
     "Make an attacker and train it. `ValueError` for sizes that do not fit, `AttackDivergedError` from its training."
     some_images(train)
-    with seeded(seed, attack.name, 'init', device=train.x.device): attacker = attack.attacker(model, train)
-    history = attack.fit(attacker, model, train, seed=seed, checkpoint=checkpoint, label=label)
+    with float32_by_default():
+        with seeded(seed, attack.name, 'init', device=train.x.device): attacker = attack.attacker(model, train)
+        history = attack.fit(attacker, model, train, seed=seed, checkpoint=checkpoint, label=label)
     return attacker.eval(), history
 
 # %% ../nbs/4_attack/01_attack.ipynb #a3955062

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .core import cholesky, finite_tensor, number, one_of, result_dtype, whole
+from .core import cholesky, finite_tensor, number, one_of, result_dtype, variance_of, whole
 from .kmeans import blocks, draw
 from .mixture import checked_mixture, colour, component_log_prob, logdet
 
@@ -174,13 +174,19 @@ def entropy_quadrature(
     weights: Tensor,      # weights pi_i [k], >= 0, sum 1
     means: Tensor,        # means mu_i [k, 1]
     covariances: Tensor,  # variances S_i: [k], [k, 1] or [k, 1, 1]
-    points: int = 20_001, # of the grid, which must resolve the narrowest component
+    points: int = 20_001, # of the grid
 ) -> Tensor:              # H(z), nats, float64
-    "Entropy of a mixture in one dimension, by the trapezoid rule from 12 deviations below it to 12 above."
+    """Entropy of a mixture in one dimension, by the trapezoid rule from 12 deviations below it to 12 above.
+
+    Raises ValueError for other dimensions, and for a grid that does not resolve the narrowest component."""
     w, mu, s = checked_mixture(weights, means, covariances)
     if mu.shape[1] != 1: raise ValueError(f'the means have {mu.shape[1]} dimensions; quadrature is for one, entropy_mc for more')
-    reach = 12*s.max().sqrt()
-    t = torch.linspace((mu.min() - reach).item(), (mu.max() + reach).item(), points).to(mu)[:, None]
+    mu, reach = mu - mu.mean(), 12*s.max().sqrt()
+    low, high = (mu.min() - reach).item(), (mu.max() + reach).item()
+    if (high - low)/whole(points=points, least=2) > s.min().sqrt():
+        raise ValueError(f'{points} points are too few for components as narrow as {s.min().sqrt():.2g} over a range of '
+                         f'{high - low:.2g}; give more, or take entropy_mc')
+    t = torch.linspace(low, high, points, dtype=torch.float64, device=mu.device)[:, None]
     log_p = (component_log_prob(t, mu, s) + _log_weights(w)).logsumexp(1)
     return torch.trapezoid(-log_p.exp()*log_p, t[:, 0])
 
@@ -205,7 +211,7 @@ def mutual_information_bound(
     Raises ValueError for noise_std = 0 (the mutual information is infinite: give positive noise) and bad parameters."""
     one_of(*_ENTROPY, 'mc', bound=bound)
     dtype, m = result_dtype(weights, means, covariances), means.shape[-1]
-    h_noise = 0.5*m*math.log(2*math.pi*math.e*number(noise_std=noise_std, above=0)**2)
+    h_noise = 0.5*m*math.log(2*math.pi*math.e*variance_of(noise_std))
     mixture = weights, means.double(), add_noise(covariances, noise_std)
     if bound != 'mc': return (_ENTROPY[bound](*mixture) - h_noise).to(dtype)
     h_z, error = entropy_mc(*mixture, n_samples, generator)

@@ -179,28 +179,28 @@ class MixtureLoss(EpochMixture):
             raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, '
                              'or fit on more')
         z_hat = at_least_float32(finite_tensor(z_hat, 'z_hat'))
-        if z_hat.shape[1] == self.mu.shape[1]: return z_hat
+        if z_hat.shape[1] == self.mu.shape[1]: return z_hat.to(torch.promote_types(z_hat.dtype, self.mu.dtype))
         raise ValueError(f'the features are {z_hat.shape[1]} wide, those of the fit {self.mu.shape[1]}: match them')
 
-    _last = None  # features of the batch that moved the mixture last, and the state before it
+    _last = ()  # the last two graded batches: the features, and the state that they found
 
     def _before(self, z):
-        "The state that the last batch found, for a backward pass that computes it once more."
-        features, *state = self._last
-        if features.shape == z.shape and torch.allclose(features, z, rtol=1e-3, atol=1e-6): return state
-        raise RuntimeError('a batch before the last one is computed once more in the backward pass; call backward after every batch, '
+        "The state that a batch found, for a backward pass that computes it once more."
+        for features, *state in self._last[::-1]:
+            if features.shape == z.shape and torch.allclose(features, z, rtol=1e-3, atol=1e-6): return state
+        raise RuntimeError('a batch of long ago is computed once more in the backward pass; call backward after every batch, '
                            'or leave CEM out of what is checkpointed')
 
     def nats(self, z_hat, y):
         "L_C of a batch, differentiable; in training the mixture moves on, once for every batch."
         z, state, backward = self.checked(z_hat), (self.pi, self.Sigma), in_backward()
-        again = backward and self._last is not None
+        again = backward and torch.is_grad_enabled() and z.requires_grad and len(self._last) > 0
         if again: self.pi, self.Sigma = self._before(z)
         try:
             with outside_autocast(z.device): l_c, pi, Sigma = self.batch(z, y)
         finally: self.pi, self.Sigma = state
+        if l_c.requires_grad and not backward: self._last = (*self._last[-1:], (z.detach(), *state))
         if again or not self.training: return l_c
-        if not backward: self._last = (z.detach(), *state) if l_c.requires_grad else None
         if l_c.requires_grad: self.pi, self.Sigma = pi.detach(), Sigma.detach()
         return l_c
 

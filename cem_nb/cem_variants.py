@@ -43,7 +43,7 @@ def deviations(
     n = labels.bincount(minlength=len(mu))
     X = torch.zeros(len(mu), int(n.max()), mu.shape[1], dtype=torch.float64, device=z_hat.device)
     for j in labels.unique().tolist():
-        d = (z_hat[labels == j] - mu[j]).double()/n[j]**0.5
+        d = (z_hat[labels == j] - mu[j]).double()/n[j].double().sqrt()
         X = X.index_put((torch.full_like(labels[:len(d)], j), torch.arange(len(d), device=d.device)), d)
     return n, X
 

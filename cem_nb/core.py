@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'definition', 'register', 'of_this_package',
-           'own_source', 'number', 'whole', 'one_of', 'floating_tensor', 'only_bytes', 'finite_tensor', 'finite_array',
-           'result_dtype', 'cholesky', 'stage_seed', 'seeded', 'provenance']
+           'own_source', 'number', 'variance_of', 'whole', 'one_of', 'floating_tensor', 'only_bytes', 'finite_tensor',
+           'finite_array', 'result_dtype', 'cholesky', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
-import hashlib, inspect, json, math, os, platform, warnings
+import hashlib, inspect, json, math, numbers, os, platform, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -190,6 +190,13 @@ def own_source(thing: Any) -> str:
         return thing.__qualname__
 
 # %% ../nbs/1_base/01_core.ipynb #02494884
+def _real(name: str, value: Any, wanted: str) -> int | float:
+    "`value` as a number of Python's; else `ValueError`."
+    if isinstance(value, np.generic) or isinstance(value, Tensor) and not value.ndim: value = value.item()
+    if isinstance(value, numbers.Real) and not isinstance(value, bool): return value
+    raise ValueError(f'{name} is {value!r}; give {wanted}')
+
+
 def number(
     *,
     least: float = 0,            # the smallest value that is accepted
@@ -199,16 +206,26 @@ def number(
 ) -> float:
     "The setting's value, if it is a number in range; else `ValueError`."
     (name, value), = setting.items()
-    if (value >= least if above is None else value > above) and value < below: return value
     low = f'>= {least}' if above is None else f'> {above}'
-    raise ValueError(f'{name} is {value}; give a ' + (f'finite number {low}' if below == math.inf else f'number {low} and < {below}'))
+    wanted = 'a ' + (f'finite number {low}' if below == math.inf else f'number {low} and < {below}')
+    value = _real(name, value, wanted)
+    if (value >= least if above is None else value > above) and value < below: return value
+    raise ValueError(f'{name} is {value}; give {wanted}')
 
 # %% ../nbs/1_base/01_core.ipynb #18360b85
+def variance_of(noise_std: float) -> float:
+    "The square of a noise's standard deviation; `ValueError` if it is not > 0, also as it is rounded."
+    if number(noise_std=noise_std, above=0)**2 > 0: return noise_std**2
+    raise ValueError(f'noise_std is {noise_std}, and its square 0 in 64 bits; give more')
+
+
 def whole(*, least: int = 1, **setting: int) -> int:
     "The setting's value, if it is a whole number >= `least`; else `ValueError`."
     (name, value), = setting.items()
-    if not isinstance(value, bool) and int(value) == value >= least: return int(value)
-    raise ValueError(f'{name} is {value}; give a whole number >= {least}')
+    wanted = f'a whole number >= {least}'
+    value = _real(name, value, wanted)
+    if math.isfinite(value) and int(value) == value >= least: return int(value)
+    raise ValueError(f'{name} is {value}; give {wanted}')
 
 # %% ../nbs/1_base/01_core.ipynb #a417791a
 def one_of(*choices: str, **setting: str) -> str:
@@ -286,7 +303,8 @@ def stage_seed(
     seed: int,    # of the run
     *stage,       # what the numbers are for, such as ('train', 3)
 ) -> int:  # 63 bits
-    "A seed that is a function of its arguments alone."
+    "A seed that is a function of its arguments' values alone. `ValueError` for a seed that is no whole number >= 0."
+    seed, stage = whole(least=0, seed=seed), [int(s) if isinstance(s, np.integer) else s for s in stage]
     return int.from_bytes(hashlib.sha256(repr((seed, *stage)).encode()).digest()[:8], 'big') >> 1
 
 # %% ../nbs/1_base/01_core.ipynb #ac1b1eb5

@@ -8,6 +8,7 @@ __all__ = ['macs', 'Timing', 'time_inference', 'Work', 'cost_table', 'paper_cost
 # %% ../nbs/5_run/11_cost.ipynb #b1bfb6f7
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tag
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .core import finite_tensor, provenance, seeded, whole
 from .models import SplitModel, evaluating, n_params
@@ -27,21 +32,44 @@ from .style import COLORS
 def _input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     "The sizes of one input, if they are whole numbers > 0; else `ValueError`."
     shape = tuple(shape)
-    if shape and all(isinstance(s, int) and s > 0 for s in shape): return shape
+    if shape and all(isinstance(s, int | np.integer) and s > 0 for s in shape): return tuple(map(int, shape))
     raise ValueError(f'input_shape is {shape}; give the whole numbers > 0 of one input, such as (3, 32, 32)')
 
 # %% ../nbs/5_run/11_cost.ipynb #1d08f114
+class _Uncounted(TorchDispatchMode):
+    "Refuses what multiplies by weights and is unknown to PyTorch's counter: it would count as nothing."
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in module.parameters() if p.ndim > 1}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        harmless = func.is_view or Tag.pointwise in func.tags or func._overloadpacket in flop_registry or 'embedding' in func.name()
+        if not harmless and any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() in self.weights for a in tree_leaves(args)):
+            raise ValueError(f'the work of {func} is not known, so it would count as nothing; leave such a layer out, or count it by hand')
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def _in_the_open():
+    "Attention as matrix products, which can be counted, in place of fused operators."
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH): yield
+    finally: torch.backends.mha.set_fastpath_enabled(before)
+
+
 def macs(
     module: nn.Module,             # any network whose forward takes one tensor
     input_shape: tuple[int, ...],  # of one input without the batch, such as [C, H, W]
 ) -> int:
     """Multiply-accumulates of convolutions and matrix products for one input, in eval mode.
 
-    Raises `ValueError` if the network cannot take such an input."""
+    Raises `ValueError` if the network cannot take such an input, or for a layer that cannot be counted (an LSTM)."""
     shape = _input_shape(input_shape)
-    with evaluating(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        like = next(module.parameters(), torch.empty(0))
-        try: module(like.new_zeros(1, *shape))
+    x = next(module.parameters(), torch.empty(0)).detach().new_zeros(1, *shape)
+    with evaluating(module), torch.no_grad(), _in_the_open(), FlopCounterMode(display=False) as counter, _Uncounted(module):
+        try: module(x)
         except RuntimeError as e:
             why = str(e).splitlines()[0]
             raise ValueError(f'the network cannot take one input of {shape}, batch not counted: {why}') from None

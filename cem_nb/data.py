@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TINY', 'Split', 'Augment', 'ImageData', 'to_float', 'augment_batch', 'n_batches', 'batches',
-           'split_train', 'Source', 'dataset', 'load_data']
+           'split_train', 'Source', 'dataset', 'shared_data', 'load_data']
 
 # %% ../nbs/1_base/05_data.ipynb #27c66664
 import hashlib, os
@@ -333,17 +333,23 @@ def _state(dataset: str, source: Source | None) -> str | None:
     return state_of(source.folder()) if source and source.folder else None
 
 
+def shared_data(dataset: str, n_train: int | None, val_frac: float, image_size: int | None) -> ImageData:
+    "As `load_data`, but the same images in every call while the files are the same: not to be changed in place."
+    if image_size is not None and (image_size < 8 or image_size % 4):
+        raise DataError(f'image_size is {image_size}; give a multiple of 4, at least 8')
+    source = DATASETS[dataset] if dataset in DATASETS else None
+    state = _state(dataset, source)
+    return (_loaded if state else _loaded.__wrapped__)(source, state, dataset, n_train, val_frac, image_size)
+
+
 def load_data(
     dataset: str = 'digits',        # a name in DATASETS, or folder:PATH
     n_train: Count | None = None,   # training images at most, stratified; None: all that are not validation images
     val_frac: Annotated[float, Field(ge=0, le=0.5)] = 0.1,  # validation images, as a share of the training images
     image_size: int | None = None,  # side in pixels; None: digits 16, facescrub 48, folders their own or 64
 ) -> ImageData:  # on the CPU; `.to(device)` moves it
-    """A data set by name, split into training, validation and test images.
+    """A data set by name, split into training, validation and test images; a copy of its own in each call.
 
     Raises `DataError` for an unknown name, a missing or corrupt file, an empty class or a wrong checksum."""
-    if image_size is not None and (image_size < 8 or image_size % 4):
-        raise DataError(f'image_size is {image_size}; give a multiple of 4, at least 8')
-    source = DATASETS[dataset] if dataset in DATASETS else None
-    state = _state(dataset, source)
-    return (_loaded if state else _loaded.__wrapped__)(source, state, dataset, n_train, val_frac, image_size)
+    d = shared_data(dataset, n_train, val_frac, image_size)
+    return ImageData(d.name, d.classes, *(Split(s.x.clone(), s.y.clone()) for s in (d.train, d.val, d.test)), d.augment)

@@ -15,21 +15,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import finite_tensor, number, whole
+from .core import finite_tensor, number, variance_of, whole
+from .engine import without_autocast
 from .kmeans import draw
 
 # %% ../nbs/2_theory/09_fisher.ipynb #85a37b45
 def _features(encoder, x, noise_std, chunk):
     "The noise-free features, if images, encoder and settings are such that the information is finite and exact."
     finite_tensor(x, 'x')
-    number(noise_std=noise_std, above=0)
+    variance_of(noise_std)
     whole(images=len(x)); whole(chunk=chunk)
     owner = getattr(encoder, '__self__', encoder)  # of a method, such as `model.encode`
     if isinstance(owner, nn.Module) and any(m.training for m in owner.modules()):
         raise ValueError('the encoder is in training mode, where images of a batch mix; call encoder.eval()')
     z = encoder(x)
     if z.shape[0] != len(x): raise ValueError(f'{len(x)} images gave {z.shape[0]} features; keep the batch axis')
+    _check_gradients(encoder, x, z)
     return z
+
+
+def _check_gradients(encoder, x, z):
+    "An encoder that cuts its own graph would have no information, and its images perfect privacy."
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    forward = torch.func.jvp(encoder, (x,), (v,))[1].double().flatten()
+    backward = torch.func.vjp(encoder, x)[1](forward.reshape(z.shape).to(z.dtype))[0].double().flatten()
+    there, back = forward @ forward, v.double().flatten() @ backward
+    moved = not there and not torch.equal(encoder(x + 1e-3*v), z)
+    if moved or abs(there - back) > 0.1*there:
+        raise ValueError('the encoder cuts its gradients (no_grad, inference_mode or detach); give one that does not')
 
 # %% ../nbs/2_theory/09_fisher.ipynb #6bd25749
 def _finite(info):
@@ -59,6 +72,7 @@ def _push(encoder, x):
     return lambda v: jvp(v).double().flatten(2)
 
 # %% ../nbs/2_theory/09_fisher.ipynb #754e99f4
+@without_autocast
 @torch.no_grad()
 def fisher_diag(
     encoder: Callable,  # maps images [B, ...] to noise-free features [B, ...], each image by itself (eval mode)
@@ -77,6 +91,7 @@ def fisher_diag(
     return _finite(info.reshape(x.shape)/noise_std**2)
 
 # %% ../nbs/2_theory/09_fisher.ipynb #64c21d88
+@without_autocast
 @torch.no_grad()
 def fisher_matrix(
     encoder: Callable,  # maps images [B, ...] to noise-free features [B, ...], each image by itself (eval mode)
@@ -104,6 +119,7 @@ def _signs(x, n, chunk, generator):
         yield 2*torch.stack(v).to(x) - 1
 
 # %% ../nbs/2_theory/09_fisher.ipynb #7f9a7f10
+@without_autocast
 @torch.no_grad()
 def fisher_trace_mc(
     encoder: Callable,    # maps images [B, ...] to noise-free features [B, ...], each image by itself (eval mode)

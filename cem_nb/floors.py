@@ -36,7 +36,7 @@ from .oracle import encoded, evenly_spaced
 from .store import Run, data_on
 from .style import COLORS
 from .theorem1 import round_entropy, theorem1_bound
-from .tradeoff import ROUNDING, feature_noise, log_ticks, noise_axis
+from .tradeoff import ROUNDING, comparable, feature_noise, log_ticks, noise_axis
 
 # %% ../nbs/6_look/02_floors.ipynb #298b6575
 FLOORS = {'huber': 'Eq. 3', 'pairwise': 'pairwise', 'mc': 'the mixture itself', 'full': 'one Gaussian', 'fisher': 'van Trees'}
@@ -186,7 +186,8 @@ def over_seeds(
     runs: pd.DataFrame,   # with the columns sigma and seed
     *columns: str,        # all above 0
 ) -> pd.DataFrame:
-    "Geometric means over the seeds, a row for every noise."
+    "Geometric means of the `comparable` runs, a row for every noise."
+    runs = comparable(runs.dropna(subset=list(columns)), 'sigma')
     return np.exp(np.log(runs.set_index('sigma', drop=False)[list(columns)]).groupby(level=0).mean())
 
 

@@ -171,7 +171,9 @@ def split_model(
 ) -> SplitModel:
     "A classifier cut in two, as in Section 5.1. Raises `ValueError` for a network or a cut that does not exist."
     network, n_classes, width = NETWORKS[arch], whole(n_classes=n_classes), number(width=width, above=0)
-    cut = network.cut if cut is None else cut
+    cut, in_channels = whole(cut=network.cut if cut is None else cut), whole(in_channels=in_channels)
+    image_size = whole(least=4, image_size=image_size)
+    bottleneck, extra = (v if v is None else whole(**{k: v}) for k, v in dict(bottleneck=bottleneck, extra=extra).items())
     c = _scaled(extra, width) if extra else in_channels
     encoder, server = network.halves(n_classes, c, image_size, width, cut, bottleneck)
     if extra: encoder = nn.Sequential(_conv(in_channels, c), nn.BatchNorm2d(c), nn.ReLU(inplace=True), *encoder)
@@ -196,7 +198,8 @@ def evaluating(*modules: nn.Module):
 # %% ../nbs/1_base/08_models.ipynb #faf18850
 def feature_shape(model: SplitModel, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     "Shape [c, h, w] of the smashed feature of images [C, H, W]; batch statistics are left alone."
-    x = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+    like = next(model.parameters())
+    x = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
     with evaluating(model), torch.no_grad(): return tuple(model.encode(x).shape[1:])
 
 # %% ../nbs/1_base/08_models.ipynb #807f7553

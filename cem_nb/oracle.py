@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attack import Attack, register_attack, scored, some_images
 from .data import Split, batches, to_float
+from .engine import without_autocast
 from .models import SplitModel, evaluating
 from .posterior import oracle_attack
 
@@ -36,6 +37,7 @@ class PosteriorMean(nn.Module):
         return oracle_attack(z, self.z_hat, self.x, self.noise_std, arrived=z != 0 if self.drop else None)
 
 # %% ../nbs/4_attack/04_oracle.ipynb #0a15ffcc
+@without_autocast
 @torch.no_grad()
 def encoded(
     model: SplitModel,  # it is not changed
@@ -47,7 +49,7 @@ def encoded(
 # %% ../nbs/4_attack/04_oracle.ipynb #3724e529
 def even_places(total: int, n: int) -> Tensor:  # int64
     "Places of `n` of `total` things, or of all if there are fewer: in order, the first and the last among them."
-    return torch.linspace(0, total - 1, min(n, total)).long()
+    return torch.linspace(0, total - 1, min(n, total), dtype=torch.float32).long()
 
 
 def evenly_spaced(

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .core import whole
+from .core import number, whole
 from .cost import macs
 from .data import ImageData, Split
 from .experiment import Experiment
@@ -67,7 +67,7 @@ def _line(name: str, epochs: list[int], seconds: list[float]) -> tuple[float, fl
     if not all(map(math.isfinite, seconds)): raise ValueError(f'{name} diverged within {max(epochs)} epochs; lower lr, or leave it out')
     if epochs[0] == epochs[1]: return 0.0, sum(seconds)/2
     a = (seconds[1] - seconds[0])/(epochs[1] - epochs[0])
-    if a > 0: return a, seconds[0] - a*epochs[0]
+    if a > 0: return a, max(0.0, seconds[0] - a*epochs[0])  # a little below 0 is the clock's
     raise ValueError(f'{epochs[1]} epochs of {name} took no longer than {epochs[0]}; remove these runs, and time them again with '
                      'greater lengths, or while nothing else is at work')
 
@@ -122,5 +122,5 @@ def makespan(
 ) -> float:
     "Seconds until the last run is done, each begun by the first worker that is free."
     free = [0.0]*whole(n_jobs=n_jobs)
-    for s in seconds: heapq.heappush(free, heapq.heappop(free) + s)
+    for s in seconds: heapq.heappush(free, heapq.heappop(free) + number(seconds=s))
     return max(free)

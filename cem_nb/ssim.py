@@ -32,15 +32,19 @@ def zero_padded_window(
 # %% ../nbs/1_base/09_ssim.ipynb #b7c59f93
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # the cached matrix may be used in training later
+def _mirrored(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    at = (torch.arange(size, device='cpu')[:, None] + torch.arange(-5, 6, device='cpu')).abs()
+    at = (size - 1) - ((size - 1) - at).abs()
+    g = torch.zeros(size, size, dtype=torch.float64, device='cpu')
+    return g.scatter_add_(1, at, gaussian_window().expand(size, -1)).to(device, dtype)
+
+
 def mirrored_window(
     size: int,              # pixels along one side, 6 or more
     dtype: torch.dtype, device: torch.device,
 ) -> Tensor:                # G, [size, size]; each row sums to 1
     "The window at every pixel of a side, with the image mirrored beyond the border."
-    at = (torch.arange(size, device='cpu')[:, None] + torch.arange(-5, 6, device='cpu')).abs()
-    at = (size - 1) - ((size - 1) - at).abs()
-    g = torch.zeros(size, size, dtype=torch.float64, device='cpu')
-    return g.scatter_add_(1, at, gaussian_window().expand(size, -1)).to(device, dtype)
+    return _mirrored(size, dtype, device).clone()  # the cached one stays as it is
 
 # %% ../nbs/1_base/09_ssim.ipynb #1d44a895
 def ssim_map(
@@ -62,10 +66,10 @@ def ssim(
     """Mean structural similarity, mirrored at the borders; differentiable in both, whatever precision is around it.
 
     Raises `ValueError` if the shapes differ or are too small, `TypeError` for whole numbers. Source: Wang et al. 2004."""
-    if x.shape != y.shape or min(x.shape[2:]) < 6:
-        raise ValueError(f'shapes {list(x.shape)} and {list(y.shape)}; give two batches alike, of at least 6x6 pixels')
+    if x.shape != y.shape or x.ndim != 4 or not len(x) or min(x.shape[2:]) < 6:
+        raise ValueError(f'shapes {list(x.shape)} and {list(y.shape)}; give two batches [B, C, H, W] alike, of at least 6x6 pixels')
     dtype = torch.promote_types(x.dtype, y.dtype)
-    windows = (mirrored_window(side, dtype, x.device) for side in x.shape[2:])
+    windows = (_mirrored(side, dtype, x.device) for side in x.shape[2:])
     return ssim_map(x.to(dtype), y.to(dtype), *windows).mean()
 
 # %% ../nbs/1_base/09_ssim.ipynb #9c0b6a18

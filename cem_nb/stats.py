@@ -75,7 +75,7 @@ def mean_interval(
 ) -> tuple[float, float]:
     "Mean, and half-width of Student's 95 % interval: nan for a single value."
     v = np.asarray(values, dtype=float)
-    if not len(v): raise ValueError('there are no values to take the mean of; give at least one')
+    if v.ndim != 1 or not len(v): raise ValueError(f'values of shape {v.shape} have no mean and interval; give one number or more, in a list')
     if len(v) < 2: return v.mean(), math.nan
     return v.mean(), stats.t.ppf(0.975, len(v) - 1)*v.std(ddof=1)/math.sqrt(len(v))
 
@@ -174,6 +174,7 @@ def tally(
     cost: float = 1.0,    # accuracy that may be lost, in points
 ) -> Tally:
     "Count the defences whose inversion CEM makes harder or easier, by the rule of `direction`."
+    if column not in score_columns(frame): raise ValueError(f'no scores {column!r}; the attack was not run, or every run diverged')
     metric = score_columns(frame)[column].about
     by = gains(frame).dropna(subset=[column, 'acc_test']).groupby('defense')
     way = by[column].apply(direction, metric)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .attack import ATTACKS, Attack, best_of_restarts
 from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
-from .data import ImageData, load_data, to_float
+from .data import ImageData, shared_data, to_float
 from .engine import using
 from .experiment import DataSettings, Experiment, TrainSettings
 from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, UnsealedError, being_run, check_free, drop_checkpoints,
@@ -157,7 +157,7 @@ def _placed(data: ImageData, device: torch.device) -> tuple[ImageData, str]: ret
 
 def data_on(settings: DataSettings, device: torch.device) -> tuple[ImageData, str]:
     "The images on `device` as they are on the disk now, and their fingerprint. Raises `DataError`."
-    return _placed(load_data(**dict(settings)), device)
+    return _placed(shared_data(**dict(settings)), device)
 
 # %% ../nbs/5_run/03_store.ipynb #198f0c40
 @dataclass(frozen=True)

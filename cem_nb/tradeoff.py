@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'CEM_LOOKS', 'noise_rows', 'feature_noise', 'cut_at', 'noise_axis', 'shared_errors', 'advantage',
-           'sweep_curves', 'curve_points', 'points_between', 'advantages', 'advantage_text', 'plot_curve', 'log_ticks',
-           'plane', 'plot_over_noise']
+           'sweep_curves', 'curve_points', 'points_between', 'advantages', 'advantage_text', 'comparable', 'plot_curve',
+           'log_ticks', 'plane', 'plot_over_noise']
 
 # %% ../nbs/6_look/01_tradeoff.ipynb #7cf3c893
 import json
@@ -123,30 +123,47 @@ def advantages(
     frame: pd.DataFrame,  # runs with the columns curve and seed
     a: str, b: str,       # two curves
     column: str,          # of the error
-) -> pd.Series:           # by seed; nan where the curves share no error
+) -> pd.Series:           # by seed; nan where the curves share no error, or all runs of one diverged (attrs: which)
     "`advantage` of curve b over curve a, seed by seed. Raises `ValueError` if there is no such curve."
     for name in (a, b):
         if name not in set(frame.curve): raise ValueError(f'no curve {name!r}; choose from {", ".join(dict.fromkeys(frame.curve))}')
     if column not in frame: raise ValueError(f'no column {column!r}; the attack was not run, or every run diverged')
-    found = {}
+    found, diverged = {}, []
     for seed, runs in frame.groupby('seed'):
         of_a, of_b = (curve_points(runs[runs.curve == name], column) for name in (a, b))
         found[seed] = advantage(of_a, of_b) if len(of_a) and len(of_b) else float('nan')
-    return pd.Series(found, name='advantage')
+        if not (len(of_a) and len(of_b)): diverged.append(seed)
+    by_seed = pd.Series(found, name='advantage')
+    by_seed.attrs['diverged'] = diverged
+    return by_seed
 
 # %% ../nbs/6_look/01_tradeoff.ipynb #c105b621
 def advantage_text(
     by_seed: pd.Series,  # of `advantages`
 ) -> str:
     "Mean in points, and half-width of the 95 % interval over the seeds where there are several."
-    known = by_seed.dropna()
-    if known.empty: return 'no shared error'
+    known, n, diverged = by_seed.dropna(), len(by_seed), len(by_seed.index.intersection(by_seed.attrs.get('diverged', [])))
+    if known.empty: return 'diverged' if n and diverged == n else 'no shared error'
     mean, half = mean_interval(known)
-    lost = f', {len(by_seed) - len(known)} of {len(by_seed)} seeds without a shared error'*(len(known) < len(by_seed))
-    return f'{mean:+.1f}' + f' ± {half:.1f}'*(len(known) > 1) + lost
+    lost = [f'{count} of {n} seeds {what}' for count, what in
+            ((n - len(known) - diverged, 'without a shared error'), (diverged, 'diverged')) if count]
+    return ', '.join([f'{mean:+.1f}' + f' ± {half:.1f}'*(len(known) > 1), *lost])
 
 # %% ../nbs/6_look/01_tradeoff.ipynb #72044312
 CEM_LOOKS = {'without CEM': dict(color=COLORS['without CEM'], marker='s'), 'with CEM': dict(color=COLORS['with CEM'], marker='o')}
+
+
+def comparable(
+    runs: pd.DataFrame,  # finished ones, with a column seed
+    knob: str,           # the column that is turned
+) -> pd.DataFrame:
+    """Runs whose mean over the seeds has the same members at every value of the knob: those of the seeds that finished at all values,
+    or, if there is none, those at the values where every seed finished."""
+    values = runs.groupby('seed')[knob].nunique()
+    everywhere = values.index[values == runs[knob].nunique()]
+    if len(everywhere): return runs[runs.seed.isin(everywhere)]
+    seeds = runs.groupby(knob).seed.nunique()
+    return runs[runs[knob].isin(seeds.index[seeds == len(values)])]
 
 
 def _knob_text(ax: plt.Axes, point: pd.Series, text: str, color: str, last: bool):
@@ -164,10 +181,12 @@ def plot_curve(
     ends: bool = True,    # write the knob's values there
     **style,              # color, marker, linestyle
 ):
-    "One curve: the mean over the seeds at every value of the knob, and the seeds as small marks."
-    runs = runs.assign(error=runs[column]).dropna(subset=['error', 'acc_test'])
-    if runs.empty: return
-    mean = runs.groupby(knob)[['acc_test', 'error']].mean()
+    "One curve: the mean of the `comparable` runs at every value of the knob, and the seeds as small marks."
+    asked, runs = runs.seed.nunique(), runs.assign(error=runs[column]).dropna(subset=['error', 'acc_test'])
+    averaged = comparable(runs, knob)
+    if averaged.empty: return
+    mean, n = averaged.groupby(knob)[['acc_test', 'error']].mean(), averaged.seed.nunique()
+    label += f' ({n} of {asked} seeds)'*(n < asked)
     ax.plot(mean.acc_test, mean.error, label=label, **dict(marker='o', ms=5) | style)
     if runs.seed.nunique() > 1:
         ax.plot(runs.acc_test, runs.error, linestyle='none', ms=2.5, alpha=0.6, **{k: style[k] for k in ('color', 'marker') if k in style})
@@ -190,8 +209,8 @@ def plane(ax: plt.Axes, title: str, error: str = 'MSE'):
 
 # %% ../nbs/6_look/01_tradeoff.ipynb #8364ac08
 def _band(ax: plt.Axes, runs: pd.DataFrame, column: str, **style):
-    "Mean over the seeds at each noise, with a bar from the lowest to the highest."
-    by = runs.groupby('sigma')[column].agg(['mean', 'min', 'max']).dropna()
+    "Mean of the `comparable` runs at each noise, with a bar from the lowest to the highest."
+    by = comparable(runs.dropna(subset=[column]), 'sigma').groupby('sigma')[column].agg(['mean', 'min', 'max'])
     ax.errorbar(by.index, by['mean'], (by['mean'] - by['min'], by['max'] - by['mean']), capsize=2, ms=5, **style)
 
 

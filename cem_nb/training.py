@@ -18,10 +18,10 @@ from .cem import CEM, CEMS
 from .core import seeded, stage_seed
 from .data import ImageData, Split, batches, n_batches
 from .defense import Defense, make_defense
-from .engine import using
+from .engine import float32_by_default, using, without_autocast
 from .experiment import Experiment, TrainSettings
 from .loop import epochs, one_cycle, set_rates
-from .models import SplitModel
+from .models import SplitModel, evaluating
 
 # %% ../nbs/5_run/02_training.ipynb #b91ca94d
 def lr_at(
@@ -44,9 +44,10 @@ class DivergedError(RuntimeError):
     "Training left the finite numbers."
 
 # %% ../nbs/5_run/02_training.ipynb #0b6cb2d0
+@without_autocast
 @torch.no_grad()
 def accuracy(
-    model: SplitModel,
+    model: SplitModel,   # it is not changed
     images: Split,       # on the model's device
     *,
     seed: int = 0,       # of the noise that is sent
@@ -54,9 +55,8 @@ def accuracy(
 ) -> float:  # in [0, 1]
     "Share of images that the server classifies right, noise included. `DivergedError` if its answers are not finite."
     if not len(images): raise ValueError('there are no images to classify; give a split that is not empty')
-    model.eval()
     right = finite = torch.zeros((), dtype=torch.int64, device=images.x.device)
-    with seeded(seed, 'accuracy', device=images.x.device):
+    with evaluating(model), seeded(seed, 'accuracy', device=images.x.device):
         for x, y in batches(images, batch_size):
             logits = model(x)
             right, finite = right + (logits.argmax(1) == y).sum(), finite + logits.isfinite().all(1).sum()
@@ -79,7 +79,7 @@ def build(
 ) -> tuple[Defense, SplitModel]:
     "The defence and the model of a run, with its initial weights: they depend on the seed and the architecture alone."
     device, (channels, side, _), m = data.train.x.device, data.shape, experiment.model
-    with seeded(experiment.seed, 'init', device=device):
+    with float32_by_default(), seeded(experiment.seed, 'init', device=device):
         defense = make_defense(experiment.defense, experiment.params)
         model = defense.model(n_classes=data.n_classes, in_channels=channels, image_size=side, **dict(m))
     return defense.to(device), model.to(device, memory_format=torch.channels_last)
@@ -114,7 +114,8 @@ def train_epoch(experiment: Experiment, data: ImageData, model, defense, cem, op
     "One epoch; the means of its steps. Raises `DivergedError` when the loss is no longer a number."
     e, ramp, size = experiment, ramp_at(experiment, epoch), experiment.training.batch_size
     with _blaming_the_network(model, e, epoch):
-        if ramp: cem.fit_encoder(model.eval().encode, batches(data.train, 500))     # lines 4-5
+        if ramp:
+            with evaluating(model): cem.fit_encoder(model.encode, batches(data.train, 500))     # lines 4-5
         model.train()
         sums = torch.zeros(3, device=data.train.x.device)
         for i, (x, y) in enumerate(batches(data.train, size, data.augment, shuffle=True)):
@@ -140,7 +141,7 @@ def train(
     cem, t = build_cem(e, model, data), e.training
     opt = torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay, nesterov=t.nesterov)
     state = dict(model=model, opt=opt, defense=defense) | (dict(cem=cem) if cem else {})
-    with using(e.engine):
+    with using(e.engine), float32_by_default():
         for epoch in epochs(t.epochs, state=state, history=history, seed=e.seed, stage='train', device=device,
                             checkpoint=checkpoint, label=label):
             entry = train_epoch(e, data, model, defense, cem, opt, epoch)

@@ -502,3 +502,21 @@ def test_a_little_noise_counts_beside_float32_variances():
 ])
 def test_wrong_types(call):
     with pytest.raises(TypeError, match='torch tensor'): call()
+
+
+def test_quadrature_knows_no_offset_and_refuses_a_grid_that_is_too_coarse():
+    w, mu, s = torch.tensor([.5, .5]).double(), torch.tensor([[0.], [.05]]).double(), torch.tensor([1e-4, 1e-4]).double()
+    want = entropy_quadrature(w, mu, s)
+    for shift in (1e5, 1e6): assert entropy_quadrature(w, mu + shift, s).item() == pytest.approx(want.item(), rel=1e-4)
+    torch.set_default_dtype(torch.bfloat16)
+    try: assert torch.equal(entropy_quadrature(w, mu, s), want)
+    finally: torch.set_default_dtype(torch.float32)
+    with pytest.raises(ValueError, match='points is 0'): entropy_quadrature(w, mu, s, 0)
+    with pytest.raises(ValueError, match='2 points are too few'): entropy_quadrature(w, mu, s, 2)
+    with pytest.raises(ValueError, match='narrow as 1e-07.*entropy_mc'):
+        entropy_quadrature(w, torch.tensor([[0.], [1.]]), torch.tensor([1e-14, 1.]))
+
+
+def test_noise_whose_square_is_0_is_refused_as_such():
+    w, mu, s = torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2)
+    with pytest.raises(ValueError, match='noise_std is 1e-170, and its square 0'): mutual_information_bound(w, mu, s, 1e-170)

@@ -289,9 +289,8 @@ def test_a_batch_that_is_computed_twice_counts_once(how, variant):
 
 def test_a_batch_of_long_ago_is_not_computed_again():
     cem, z, y = fitted()
-    first, second = (z[i:i + 20].clone().requires_grad_() for i in (0, 20))
-    loss = checkpointed(False)(cem, first, y[:20]) + checkpointed(False)(cem, second, y[20:40])
-    with pytest.raises(RuntimeError, match='call backward after every batch'): loss.backward()
+    again = [checkpointed(False)(cem, z[i:i + 20].clone().requires_grad_(), y[i:i + 20]) for i in (0, 20, 40)]
+    with pytest.raises(RuntimeError, match='call backward after every batch'): sum(again).backward()
 
 
 def test_state_survives_and_global_randomness_is_left_alone():
@@ -422,3 +421,32 @@ def test_features_that_are_no_numbers_are_refused_and_leave_the_mixture_alone(ba
     with torch.no_grad(): batch[3, 2] = bad
     with pytest.raises(ValueError, match='NaN or inf'): cem(batch, y[:12])
     assert all(torch.equal(a, b) for a, b in zip(before, (cem.pi, cem.mu, cem.Sigma)))
+
+
+@pytest.mark.parametrize('variant', ['diag', 'pairwise', 'full', 'full-pairwise', 'letter'])
+def test_a_batch_that_is_computed_again_in_eval_mode_or_after_another_finds_its_own_state(variant):
+    z, y = torch.rand(200, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 3
+    cem = CEMS[variant](noise_std=.1, n_classes=3, n_epochs=5).fit(z, y)
+    step = lambda: (cem(q := z[:30].clone().requires_grad_(), y[:30]).backward(), q.grad)[1]
+    for _ in range(3): step()
+    again = lambda z, y: (checkpoint(lambda q: cem(q*1, y), q := z.clone().requires_grad_(), use_reentrant=False).backward(), q.grad)[1]
+    cem.eval()
+    for part in (slice(0, 30), slice(50, 80)):
+        q = z[part].clone().requires_grad_()
+        cem(q, y[part]).backward()
+        assert torch.allclose(again(z[part], y[part]), q.grad, atol=1e-7)
+    cem.train()  # a log without gradients between a batch and its backward pass
+    q, twin = z[:30].clone().requires_grad_(), copy.deepcopy(cem)
+    loss = checkpoint(lambda q: cem(q*1, y[:30]), q, use_reentrant=False)
+    with torch.no_grad(): cem(z[:30], y[:30])
+    loss.backward()
+    p = z[:30].clone().requires_grad_()
+    twin(p, y[:30]).backward()
+    assert torch.allclose(q.grad, p.grad, atol=1e-7)
+
+
+def test_a_mixture_in_float64_takes_batches_in_float32():
+    z, y = torch.rand(200, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 3
+    for variant in CEMS:
+        cem = CEMS[variant](noise_std=.1, n_classes=3, n_epochs=5).fit(z.double(), y)
+        assert cem(z[:30], y[:30]).isfinite(), variant

@@ -253,3 +253,11 @@ def test_bad_shapes(shape):
      'channels_last')])
 def test_bad_tables(models, kwargs, why):
     with pytest.raises(ValueError, match=why): cost_table(models(), (3, 32, 32), **kwargs)
+
+
+def test_attention_is_counted_in_full_and_what_cannot_be_counted_is_refused():
+    t, d, ff = 10, 8, 16
+    layer = torch.nn.TransformerEncoderLayer(d, 2, ff, batch_first=True)
+    assert macs(layer, (t, d)) == t*d*3*d + 2*t*t*d + t*d*d + 2*t*d*ff  # projections, scores and sums, output, feed-forward
+    with pytest.raises(ValueError, match='not known, so it would count as nothing'): macs(torch.nn.LSTM(4, 6), (10, 4))
+    assert macs(torch.nn.Linear(4, 3), np.array([4])) == 12

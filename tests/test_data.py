@@ -10,7 +10,7 @@ from PIL import Image
 from cem_nb.core import data_dir, project_dir, runs_dir
 import cem_nb.data
 import cem_nb.files
-from cem_nb.data import DATASETS, Augment, DataError, Source, Split, augment_batch, batches, load_data, split_train, to_float
+from cem_nb.data import DATASETS, Augment, DataError, Source, Split, augment_batch, batches, load_data, shared_data, split_train, to_float
 
 
 def write_image(path, value, size=(16, 16), mode='RGB'):
@@ -178,7 +178,7 @@ def test_a_kernel_sees_that_it_stands_elsewhere(tmp_path, monkeypatch):
 
 def test_what_does_not_change_is_loaded_once(folder, monkeypatch):
     monkeypatch.setattr(cem_nb.files, 'FRESH', -10**18)
-    assert load_data(f'folder:{folder}') is load_data(f'folder:{folder}') and load_data() is load_data()
+    for name in (f'folder:{folder}', 'digits'): assert shared_data(name, None, 0.1, None) is shared_data(name, None, 0.1, None)
 
 
 def test_a_loader_of_ones_own_is_asked_each_time_unless_it_names_its_folder(monkeypatch, tmp_path):
@@ -191,7 +191,7 @@ def test_a_loader_of_ones_own_is_asked_each_time_unless_it_names_its_folder(monk
     monkeypatch.setitem(DATASETS, 'mine', Source(load, Augment(), None))
     assert load_data('mine').fingerprint != load_data('mine').fingerprint and len(asked) == 2
     monkeypatch.setitem(DATASETS, 'mine', Source(load, Augment(), lambda: tmp_path))
-    assert load_data('mine') is load_data('mine') and len(asked) == 3
+    assert load_data('mine').fingerprint == load_data('mine').fingerprint and len(asked) == 3
     (tmp_path/'new').write_text('')
     load_data('mine')
     assert len(asked) == 4
@@ -284,3 +284,13 @@ def test_projects_places(monkeypatch, tmp_path):
     monkeypatch.delenv('CEM_RUNS')
     assert runs_dir() == project_dir()/'runs'
     assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
+
+
+def test_who_changes_images_in_place_changes_his_own():
+    from cem_nb.experiment import DataSettings
+    from cem_nb.store import data_on
+    before = data_on(DataSettings(), torch.device('cpu'))[1]
+    mine = load_data()
+    mine.train.x[:] = 255 - mine.train.x
+    mine.test.y[:] = mine.test.y.flip(0)
+    assert load_data().fingerprint == before == data_on(DataSettings(), torch.device('cpu'))[0].fingerprint != mine.fingerprint

@@ -340,3 +340,19 @@ def test_bad_input_says_what_to_do(call, match):
 @pytest.mark.parametrize('x', [np.zeros((2, 3)), torch.zeros(2, 3, dtype=torch.uint8)])
 def test_wrong_types(x):
     with pytest.raises(TypeError, match='torch tensor|floating'): fisher_diag(lambda v: v, x, 1.)
+
+
+@pytest.mark.parametrize('cut', [lambda f: torch.no_grad()(f), lambda f: torch.inference_mode()(f), lambda f: lambda x: f(x.detach()),
+                                 lambda f: lambda x: f(x).detach()], ids=['no_grad', 'inference_mode', 'detach', 'detach after'])
+@pytest.mark.parametrize('information', [fisher_diag, fisher_matrix, fisher_trace_mc])
+def test_an_encoder_that_cuts_its_gradients_has_no_information_of_0(cut, information):
+    for width in (3, 8):  # fewer features than pixels, and more
+        net = torch.nn.Linear(5, width)
+        with pytest.raises(ValueError, match='cuts its gradients'): information(cut(net), torch.rand(2, 5), 0.1)
+    assert (fisher_diag(lambda x: torch.ones_like(x), torch.rand(2, 5), 0.1) == 0).all()  # a constant tells nothing indeed
+
+
+def test_autocast_does_not_reach_the_information():
+    net, x = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 3)).eval(), torch.rand(2, 5)
+    want = fisher_diag(net, x, 0.1)
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(fisher_diag(net, x, 0.1), want)

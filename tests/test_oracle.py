@@ -5,11 +5,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cem_nb.attack import best_of_restarts, score_attack
+from cem_nb.attack import best_of_restarts, score_attack, train_attack
 from cem_nb.core import seeded
 from cem_nb.data import Split, load_data, to_float
 from cem_nb.models import split_model
-from cem_nb.oracle import Oracle, encoded, evenly_spaced, oracle_attack
+from cem_nb.oracle import Oracle, encoded, even_places, evenly_spaced, oracle_attack
 
 
 @pytest.fixture(scope='module')
@@ -124,3 +124,18 @@ def test_its_score_is_that_of_any_attacker_on_the_same_images(digits):
     s = attack.score(attacker, model, digits.test, seed=0)
     plain = score_attack(model, attacker, evenly_spaced(digits.test, 30))
     assert {k: s[k] for k in plain} == pytest.approx(plain, rel=1e-5) and record['curves'] == []
+
+
+def test_an_oracle_that_is_made_under_autocast_is_the_same(digits):
+    model = split_model(n_classes=10, in_channels=1, image_size=16, width=.125, noise_std=.005).eval()
+    some = Split(digits.train.x[:100], digits.train.y[:100])
+    oracle = Oracle(n_images=50)
+    want = oracle.score(train_attack(oracle, model, some)[0], model, some, seed=0)
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert oracle.score(train_attack(oracle, model, some)[0], model, some, seed=0) == want
+
+
+def test_even_places_do_not_depend_on_the_default_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    try: places = even_places(1437, 500)
+    finally: torch.set_default_dtype(torch.float32)
+    assert len(places.unique()) == 500 and places[0] == 0 and places[-1] == 1436

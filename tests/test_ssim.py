@@ -9,7 +9,7 @@ from precision import AMBIENT, precision_around, value_and_slope
 from torchmetrics.functional.image import structural_similarity_index_measure
 from twins import numpy_ssim
 
-from cem_nb.ssim import mirrored_window, ssim, ssim_zero
+from cem_nb.ssim import _mirrored, mirrored_window, ssim, ssim_zero
 
 
 @pytest.mark.parametrize('shape', [(1, 16, 16), (3, 32, 24), (1, 4, 4), (3, 1, 7)])
@@ -68,7 +68,7 @@ def test_ssim_and_its_gradient_do_not_depend_on_the_ambient_precision(ambient):
     x = torch.full((4, 3, 32, 32), 0.8)
     y = x + 0.002*torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     want, slope = value_and_slope(lambda at: ssim(at, x), y)
-    mirrored_window.cache_clear()
+    _mirrored.cache_clear()
     with precision_around(ambient): got, got_slope = value_and_slope(lambda at: ssim(at, x), y)
     assert torch.equal(got, want) and torch.equal(got_slope, slope) and want <= 1
 
@@ -83,10 +83,23 @@ def test_ssim_widens_half_precision_refuses_bytes_and_lets_nan_through():
 
 
 def test_the_window_is_made_once_and_serves_training_wherever_it_was_made():
-    mirrored_window.cache_clear()
+    _mirrored.cache_clear()
     x = torch.rand(2, 1, 12, 12)
     with torch.inference_mode(): ssim(x, x)
     with torch.device('meta'): ssim(x, x)
     y = torch.rand(2, 1, 12, 12, requires_grad=True)
     ssim(y, x).backward()
-    assert y.grad.isfinite().all() and mirrored_window.cache_info().misses == 1
+    assert y.grad.isfinite().all() and _mirrored.cache_info().misses == 1
+
+
+def test_who_changes_a_window_in_place_changes_his_own():
+    x, y = torch.rand(2, 2, 1, 16, 16)
+    before = ssim(x, y)
+    mirrored_window(16, torch.float32, torch.device('cpu')).mul_(0.5)
+    assert torch.equal(ssim(x, y), before)
+
+
+def test_ssim_says_which_shapes_it_takes():
+    for bad in (torch.rand(1, 16, 16), torch.rand(0, 1, 16, 16)):
+        with pytest.raises(ValueError, match=r'give two batches \[B, C, H, W\]'): ssim(bad, bad)
+    with pytest.raises(TypeError, match='torch tensor'): ssim(np.ones((1, 1, 8, 8)), np.ones((1, 1, 8, 8)))

@@ -17,7 +17,7 @@ import cem_nb.tradeoff as tradeoff
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.methods import DEFENSES
-from cem_nb.tradeoff import (CEM_LOOKS, ROUNDING, advantage, advantage_text, advantages, curve_points, feature_noise, noise_axis,
+from cem_nb.tradeoff import (CEM_LOOKS, ROUNDING, advantage, advantage_text, advantages, comparable, curve_points, feature_noise, noise_axis,
                              noise_rows, plane, plot_curve, plot_over_noise, sweep_curves)
 from cem_nb.training import DivergedError
 
@@ -124,8 +124,8 @@ def test_advantages_by_seed():
     assert np.isclose(found[2], dense(a, [(0.1, 16), (0.4, 36)]), atol=1e-3)
     known = found.dropna()
     half = stats.t.ppf(0.975, 2)*known.std(ddof=1)/math.sqrt(3)
-    assert advantage_text(found) == f'{known.mean():+.1f} ± {half:.1f}, 3 of 6 seeds without a shared error'
-    assert advantage_text(found[:1]) == '+5.0' and advantage_text(found[3:]) == 'no shared error'
+    assert advantage_text(found) == f'{known.mean():+.1f} ± {half:.1f}, 1 of 6 seeds without a shared error, 2 of 6 seeds diverged'
+    assert advantage_text(found[:1]) == '+5.0' and advantage_text(found[3:]) == 'no shared error' and advantage_text(found[4:]) == 'diverged'
     for pair in (('a', 'c'), ('c', 'a')):
         with pytest.raises(ValueError, match="no curve 'c'; choose from a, b"): advantages(frame, *pair, 'mse')
 
@@ -264,3 +264,20 @@ def test_accuracy_and_error_over_the_noise():
             assert bars.get_label() == curve and np.allclose(line.get_xdata(), [*by.groups]) and np.allclose(line.get_ydata(), by.mean())
             assert np.allclose(caps_low.get_ydata(), by.min()) and np.allclose(caps_high.get_ydata(), by.max())
     assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == [*CEM_LOOKS] and fig.axes[1].get_yscale() == 'log'
+
+
+def test_means_over_seeds_have_the_same_members_along_a_curve():
+    "Seed 1, whose accuracy is lower and whose error higher, is lost at the higher noise: that must not make the curve fall."
+    nan = math.nan
+    both = pd.DataFrame([dict(seed=s, sigma=g, acc_test=a, mse=v) for s, g, a, v in
+                         ((0, 0.1, 90, 0.02), (1, 0.1, 80, 0.06), (0, 0.4, 85, 0.03), (1, 0.4, nan, nan))])
+    fig, ax = plt.subplots()
+    plot_curve(ax, both, 'mse', 'sigma', 'σ', 'x')
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [(90, 0.02), (85, 0.03)])
+    assert ax.lines[0].get_label() == 'x (1 of 2 seeds)'
+    frame = both.dropna()
+    assert comparable(frame, 'sigma').seed.unique().tolist() == [0]
+    assert comparable(frame[frame.seed.eq(0) & frame.sigma.eq(0.1) | frame.seed.eq(1)], 'sigma').seed.nunique() == 2  # one noise is left
+    crossed = pd.DataFrame([dict(seed=s, sigma=g) for s, g in ((0, 1), (0, 2), (1, 2), (1, 3))])
+    assert comparable(crossed, 'sigma').sigma.tolist() == [2, 2]
+    plt.close(fig)

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from precision import AMBIENT, precision_around
 
 import cem_nb.training as training
+from cem_nb.attack import score_attack, train_attack
 from cem_nb.data import ImageData, Split, load_data, to_float
+from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.loop import epochs
 from cem_nb.store import run
@@ -122,3 +125,26 @@ def test_accuracy_against_counting(digits):
     model, _ = train(TINY.replace(noise_std=0.0), digits)
     want = (model(to_float(digits.test.x)).argmax(1) == digits.test.y).float().mean().item()
     assert accuracy(model, digits.test, batch_size=7) == pytest.approx(want)
+
+
+def test_accuracy_leaves_the_model_as_it_was(digits):
+    model = build(TINY, digits)[1].train()
+    model.server[0].eval()
+    was = [m.training for m in model.modules()]
+    accuracy(model, digits.val)
+    assert [m.training for m in model.modules()] == was
+
+
+@pytest.mark.parametrize('ambient', AMBIENT)
+def test_a_run_does_not_depend_on_the_precision_around_it(digits, ambient):
+    e = TINY.replace(cem=True, epochs=2)
+    want, curves = train(e, digits)
+    if ambient.startswith('autocast'):  # which is the reader's own wish; what is scored is not
+        with precision_around(ambient): assert accuracy(want, digits.val) == curves[-1]['val_acc']
+        return
+    with precision_around(ambient):
+        model, curves2 = train(e, digits)
+        attacker, _ = train_attack(DecoderAttack(width=8, blocks=0, n_epochs=1, batch_size=64), want, digits.train)
+        scores = score_attack(want, attacker, digits.val)
+    assert curves == curves2 and same(model, want)
+    assert score_attack(want, attacker, digits.val) == scores and all(p.dtype == torch.float32 for p in attacker.parameters())
