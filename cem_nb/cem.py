@@ -133,6 +133,13 @@ class EpochMixture(MixtureState):
         self.N, self.n_fits = len(z_hat), self.n_fits + 1
         return self
 
+    def check_images(
+        self, y: Tensor,  # labels of the training images, [N]
+    ):
+        "Raises `ValueError` if they are too few to fit to."
+        if len(y) < self.n_components:
+            raise ValueError(f'{len(y)} images for a mixture of {self.n_components} components; give more images, or lower n_components')
+
     def estimate(self, z_hat, y, generator):
         "Ten steps of EM from the last epoch's mixture; from k-means++ if it has lost a component."
         gm = GaussianMixture(self.n_components, max_iter=10, warm_start=True, random_state=generator)

@@ -188,6 +188,10 @@ class ReleaseCEM(LetterCEM):
         if len(y) == len(z_hat) and ((y >= 0) & (y < self.n_classes)).all(): return y
         raise ValueError(f'{len(y)} labels for {len(z_hat)} features; give one for each, at least 0 and below {self.n_classes}')
 
+    def check_images(self, y):
+        n, k = y.bincount(minlength=self.n_classes), self.n_components//self.n_classes
+        if n.min() < k: raise ValueError(f'class {n.argmin()} has {n.min()} images for {k} clusters; give more images, or lower n_components')
+
     def estimate(self, z_hat, y, generator):
         "k-means within each class, from the last epoch's centres."
         k, y = self.n_components//self.n_classes, self.labelled(z_hat, y)

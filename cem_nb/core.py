@@ -9,7 +9,7 @@ __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', '
            'finite_array', 'result_dtype', 'cholesky', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
-import hashlib, inspect, json, math, numbers, os, platform, warnings
+import hashlib, inspect, json, math, numbers, os, platform, re, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -87,7 +87,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]    # 1 itself is left out
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 # %% ../nbs/1_base/01_core.ipynb #85d14225
 def record_of(
@@ -110,6 +110,12 @@ class Registry(dict):
     def __init__(self, kind: str):  # what one of them is called in messages
         super().__init__()
         self.kind = kind
+
+    def __setitem__(self, name: str, thing: Any):
+        "Names become parts of files' names. Raises `ValueError` for one that cannot."
+        if not re.fullmatch('[A-Za-z0-9][A-Za-z0-9_.-]{0,59}', name):
+            raise ValueError(f'a {self.kind} cannot be called {name!r}; use up to 60 letters, digits and _ . -')
+        super().__setitem__(name, thing)
 
     def __missing__(self, name): raise ValueError(f'no {self.kind} {name!r}; choose one of {", ".join(self)}')
 

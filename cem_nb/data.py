@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .core import Count, Registry, data_dir, only_bytes, project_dir, register, whole
 from .files import state_of
-from .images import DataError, decode_all, image_files, subfolders
+from .images import MAX_TOTAL, DataError, decode_all, image_files, subfolders
 
 # %% ../nbs/1_base/05_data.ipynb #53ebbe63
 @dataclass(frozen=True)
@@ -213,6 +213,7 @@ _TINY_MD5 = '90528d7ca1a48142e341f4ef8d21d0de'
 @dataset('digits', Augment(pad=1, degrees=10), lambda: Path(sklearn.__file__).parent/'datasets'/'data')
 def _load_digits(size: int | None):
     d = load_digits()
+    if size and len(d.images)*size**2 > MAX_TOTAL: raise DataError(f'image_size is {size}; give a smaller one')
     x = F.interpolate(torch.as_tensor(d.images, dtype=torch.float32)[:, None]*(255/16), size or 16, mode='bilinear')
     full = Split(x.round().to(torch.uint8), torch.as_tensor(d.target, dtype=torch.int64))
     test, train = _take(full, 360, 0, 'test')
@@ -335,7 +336,7 @@ def _state(dataset: str, source: Source | None) -> str | None:
 
 def shared_data(dataset: str, n_train: int | None, val_frac: float, image_size: int | None) -> ImageData:
     "As `load_data`, but the same images in every call while the files are the same: not to be changed in place."
-    if image_size is not None and (image_size < 8 or image_size % 4):
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 8 or image_size % 4):
         raise DataError(f'image_size is {image_size}; give a multiple of 4, at least 8')
     source = DATASETS[dataset] if dataset in DATASETS else None
     state = _state(dataset, source)

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 from .core import Positive
 from .experiment import CEMSettings, Experiment
 from .methods import DEFENSES
-from .parameters import Cuts, Lams, NoiseStds, Seeds, SweepParameters, as_items
+from .parameters import Cuts, Lams, NoiseStds, Seeds, SweepParameters, as_items, word
 from .style import COLORS
 from .tradeoff import (advantage_text, advantages, curve_points, cut_at, noise_rows, plane, plot_curve, points_between,
                              sweep_curves)
@@ -57,13 +57,13 @@ def figure4_curves(p: Figure4Parameters) -> list[Curve]:
                    Curve('a', f'{d}+CEM', noise_rows([d], p.noise_stds, lam=p.lam), against=d)]
     for lam in p.lams:
         against = 'λ = 0' if lam and 0 in p.lams else ''
-        curves.append(Curve('b', f'λ = {lam:g}', noise_rows([p.defense], p.noise_stds, lam=lam), against=against))
+        curves.append(Curve('b', f'λ = {word(lam)}', noise_rows([p.defense], p.noise_stds, lam=lam), against=against))
     for cut in p.cuts:
         rows = lambda lam: noise_rows([p.defense], p.noise_stds, lam=lam, **cut_at(cut))
         curves += [Curve('c', f'cut {cut}', rows(0.0)), Curve('c', f'cut {cut}+CEM', rows(p.lam), against=f'cut {cut}')]
     stronger = chain(*(noise_rows(['Bottleneck'], p.alone[:1], lam=lam) for lam in p.strengths))
     curves += [Curve('d', 'noise alone', noise_rows(['Bottleneck'], p.alone, lam=0.0)),
-               Curve('d', f'CEM at σ = {p.alone[0]:g}', [*stronger], 'lam', 'noise alone')]
+               Curve('d', f'CEM at σ = {word(p.alone[0])}', [*stronger], 'lam', 'noise alone')]
     return [c for c in curves if c.panel in p.panels]
 
 # %% ../nbs/6_look/04_figure4.ipynb #22b80246

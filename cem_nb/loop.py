@@ -6,9 +6,9 @@
 __all__ = ['cosine', 'one_cycle', 'set_rates', 'Progress', 'seconds_in', 'epochs_in', 'epochs']
 
 # %% ../nbs/1_base/07_loop.ipynb #cfc10811
-import math, sys, time, warnings
+import math, os, sys, time, warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .core import seeded
+from .core import runs_dir, seeded
 from .engine import engine
-from .files import read_stamped, stamped, write_whole
+from .files import RunError, read_stamped, stamped, write_whole
 
 # %% ../nbs/1_base/07_loop.ipynb #d851706c
 def cosine(start: float, end: float, t: float) -> float:  # t in [0, 1]
@@ -89,6 +89,12 @@ def _read_checkpoint(path: Path, device) -> Any:
     return torch.load(BytesIO(read_stamped(path)), map_location=device, weights_only=True)
 
 
+def _whose(checkpoint: Path) -> str | None:
+    "In the store a checkpoint's place says which run it is of; elsewhere nothing is said."
+    try: return str(Path(os.path.abspath(checkpoint)).relative_to(os.path.abspath(runs_dir())))
+    except ValueError: return None
+
+
 def seconds_in(checkpoint: Path) -> float:
     "What the epochs in a checkpoint took, in all sessions together; 0 without one that can be read."
     try: return float(_read_checkpoint(checkpoint, 'cpu')['seconds'])
@@ -107,12 +113,16 @@ def _resume(checkpoint: Path | None, state: dict, history: list, n: int, device)
     before = {name: deepcopy(obj.state_dict()) for name, obj in state.items()}
     try:
         saved = _read_checkpoint(checkpoint, device)
-        kept, seconds = saved['history'], float(saved['seconds'])
-        if saved['state'].keys() != state.keys() or not 0 < len(kept) <= n: raise ValueError('it is that of another training')
+        kept, seconds, whose = saved['history'], float(saved['seconds']), saved.get('whose')
+        if saved['state'].keys() != state.keys() or not 0 < len(kept) <= n or whose not in (None, _whose(checkpoint)):
+            raise ValueError('it is that of another training')
         for name, obj in state.items(): obj.load_state_dict(saved['state'][name])
         history[:] = kept
         return len(history), seconds
+    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+        raise RunError(f'checkpoint {checkpoint} cannot be read just now ({e}); start again when it can: nothing is wrong with it') from None
     except Exception as e:  # a damaged or foreign file can fail in many ways, and each means the same
+        with suppress(OSError): os.replace(checkpoint, checkpoint.with_suffix('.bad'))
         warnings.warn(f'checkpoint {checkpoint} cannot be used ({e}); starting from the first epoch')
         for name, obj in state.items(): obj.load_state_dict(before[name])
         return 0, 0.0
@@ -149,7 +159,8 @@ def epochs(
     """Yield the epochs 0..n-1 that are not done yet, each under a seed of its own, with a checkpoint after each.
 
     The networks in `state` are computed as `using` says. The global generators of the CPU and of `device` are put back at the end. A
-    checkpoint that cannot be written, read or used is a warning: it costs time, never the run."""
+    checkpoint that cannot be written, or that is damaged or another's, is a warning: it costs time, never the run. One that cannot be
+    read just now is a `RunError`: it may be whole."""
     first, seconds = _resume(checkpoint, state, history, n, device)
     trained = [m for m in state.values() if isinstance(m, nn.Module)]
     with _deterministic(), engine(*trained, device=device), _progress(label or stage, n, first) as progress:
@@ -159,5 +170,5 @@ def epochs(
             if len(history) != epoch + 1: raise RuntimeError('the loop must append one dict to history each epoch')
             if checkpoint:
                 _write_checkpoint(checkpoint, dict(state={k: v.state_dict() for k, v in state.items()}, history=history,
-                                                   seconds=time.perf_counter() - start))
+                                                   seconds=time.perf_counter() - start, whose=_whose(checkpoint)))
             progress.advance(epoch + 1, '  '.join(f'{k} {v:.4g}' for k, v in history[-1].items()))

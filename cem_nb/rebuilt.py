@@ -32,7 +32,8 @@ from .pictures import first_runs
 from .show import attack_label, rows_of
 from .ssim import ssim_zero
 from .stats import row_name
-from .store import Run, data_on, open_run, pick_device
+from .engine import pick_device
+from .store import Run, data_on, open_run
 from .sweep import sweep
 
 # %% ../nbs/6_look/05_rebuilt.ipynb #2e55709e
@@ -227,7 +228,7 @@ def figure5(
     "The table and the picture of what is rebuilt of the test images. Raises `ValueError` if there is nothing to show."
     base, device = figure5_base(p), pick_device(p.device)
     test = data_on(base.data, device)[0].test
-    found = rebuild(attacked_rows(frame, partial(open_run, attacks=base.attacks), p.attack, device), evenly_spaced(test, p.n_images))
+    found = rebuild(attacked_rows(frame, partial(open_run, attacks=base.attacks, data=base.data), p.attack, device), evenly_spaced(test, p.n_images))
     places = even_places(len(test), p.n_images).tolist()
     found = found._replace(table=found.table.assign(image=[places[i] for i in found.table.image], n_images=len(places)))
     return with_runs(found, frame), plot_rebuilt(found, p.attack)

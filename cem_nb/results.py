@@ -13,13 +13,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .core import Record, committed_dir, project_dir, results_dir
-from .files import write_whole
-from .parameters import TableParameters, changed, table_base, table_rows
+from .files import remedy, write_whole
+from .parameters import ParameterError, TableParameters, changed, table_base, table_rows, word
 from .store import SCHEMA, RunError
 from .sweep import sweep
 
 # %% ../nbs/5_run/06_results.ipynb #acddba94
-LONGEST = 160  # characters of a name; the figure and the ending follow
+LONGEST = 160  # bytes of a name; the figure and the ending follow
 
 
 def _hash(text: str, n: int) -> str: return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:n]
@@ -35,18 +35,16 @@ def data_label(dataset: str) -> str:
     return f'folder-{name}' if known else f'folder-{name}-{_hash(str(place), 6)}'
 
 
-def _word(v) -> str: return repr(v).removesuffix('.0') if isinstance(v, float) else str(v)
-
-
 def stem(
     name: str,   # of the notebook, such as table1
     p: Record,   # its parameters, with at least `dataset` and `preset`
 ) -> str:
     "The name of a result's files, without their ending."
-    words = lambda v: '-'.join(map(_word, v if isinstance(v, tuple) else (v,))) or 'none'
+    words = lambda v: '-'.join(map(word, v if isinstance(v, tuple) else (v,))) or 'none'
     others = [f'{k}-{words(v)}' for k, v in changed(p, but=('dataset', 'preset', 'device', 'backend', 'n_jobs')).items()]
     whole = '_'.join([name, *([] if p.dataset == 'committed' else [data_label(p.dataset), p.preset]), *others])
-    return whole if len(whole) <= LONGEST else f'{whole[:LONGEST - 13]}_{_hash(whole, 12)}'
+    long = whole.encode(errors='surrogateescape')
+    return whole if len(long) <= LONGEST else f'{long[:LONGEST - 13].decode(errors="ignore")}_{_hash(whole, 12)}'
 
 # %% ../nbs/5_run/06_results.ipynb #69cf7da4
 _UNDATED = {'svg': {'Date': None}}  # the same figure is then the same file
@@ -68,7 +66,7 @@ def save(
     for path, write in writers.items():
         try: write_whole(path, write)
         except OSError as e:
-            raise RunError(f'{path} cannot be written ({e}); free some space or set CEM_RESULTS to another folder; the runs '
+            raise RunError(f'{path} cannot be written ({e}); {remedy(e)} or set CEM_RESULTS to another folder; the runs '
                            'themselves are kept') from None
     return list(writers)
 
@@ -109,5 +107,6 @@ def table_result(
     committed_as: str = '',   # what the file that came with the repository begins with; what differs from the defaults follows
 ) -> pd.DataFrame | None:
     "The rows of a table: computed for a data set, or, for `dataset='committed'`, read; None if there is nothing to read."
+    if p.dataset == 'committed' and not committed_as: raise ParameterError("no result of this notebook came with the repository; give a data set")
     if p.dataset == 'committed': return committed(stem(committed_as or name, p))
     return sweep(table_base(p), table_rows(p), device=p.device, backend=p.backend, n_jobs=p.n_jobs, seed=p.seeds)

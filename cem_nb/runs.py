@@ -15,9 +15,9 @@ import pandas as pd
 
 from .attack import ATTACKS, attack_from
 from .core import runs_dir
-from .files import DamagedRunError, RunError, being_run, final_name, remove, write_whole
+from .files import DamagedError, DamagedRunError, RunError, UnsealedError, being_run, final_name, remedy, remove, write_whole
 from .loop import epochs_in
-from .store import Run, attack_folders, open_run, run_folder, sealed_problems, stored_attacks
+from .store import Run, attack_folders, check_victims, open_run, run_folder, sealed_problems, stored_attacks
 from .sweep import result_row
 from .training import DivergedError
 
@@ -26,8 +26,13 @@ STATES = 'finished', 'diverged', 'running', 'stopped', 'damaged', 'unknown'
 
 
 def _folders() -> list[Path]:
+    "Those of runs, finished or not. Raises `RunError` if there is no store."
     root = runs_dir()
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')) if root.is_dir() else []
+    if not root.is_dir(): raise RunError(f'there is no store at {root}; compute a run first, or set CEM_RUNS to where it is')
+    return sorted(p for p in root.iterdir() if p.is_dir() and re.fullmatch(r'.+-s\d+-[0-9a-f]{12}(\.part)?', p.name))
+
+
+def _finished() -> list[str]: return [p.name for p in _folders() if p.suffix != '.part']
 
 
 def _opened(name: str) -> tuple[str, Run | None, dict]:
@@ -37,7 +42,7 @@ def _opened(name: str) -> tuple[str, Run | None, dict]:
         return 'finished', run, run.result
     except DivergedError: return 'diverged', run, {}
     except DamagedRunError: return 'damaged', None, {}
-    except (RunError, ValueError): return 'unknown', None, {}
+    except (RunError, ValueError, KeyError, TypeError, AttributeError): return 'unknown', None, {}
 
 
 def _entry(folder: Path) -> dict[str, Any]:
@@ -70,27 +75,32 @@ def _known(folder: Path) -> Run:
     return open_run(folder.name, tuple(attack_from(r) for name, r in stored_attacks(folder).items() if name in ATTACKS))
 
 
-def _wrong(folder: Path) -> list[str]:
+def _wrong(folder: Path) -> list[Exception]:
     "What opening a run and its attacks would find out, beside digests."
     try:
         opened = _known(folder)
+        check_victims(folder)
         opened.result
         for a in opened.experiment.attacks: opened.attack(a.name)
-    except DamagedRunError as e: return [str(e)]
+    except DamagedRunError as e: return [e]
     except (RunError, DivergedError, ValueError): pass  # not known to be damaged
     return []
+
+
+def _problems(name: str) -> dict[str, list[Exception]]:
+    "What is wrong with a run and its attacks, by place in the store. Raises `RunError` for a run that is not there."
+    folder = run_folder(name)
+    found = {str(p.relative_to(runs_dir())): sealed_problems(p) for p in (folder, *attack_folders(folder))}
+    if not any(found.values()): found[name] = _wrong(folder)
+    return {place: problems for place, problems in found.items() if problems}
 
 
 def verify(
     names: Iterable[str] = (),     # of runs; none: all that have their final name
 ) -> dict[str, list[str]]:         # run, or run/attack, to what is wrong with it; empty if all is well
-    "Read all files of runs, and compare digests, settings and names. Raises `RunError` for a run that is not there."
+    "Read all files of runs, and compare digests, settings and names. Raises `RunError` for a run or a store that is not there."
     found = {}
-    for name in names or [p.name for p in _folders() if p.suffix != '.part']:
-        folder = run_folder(name)
-        wrong = {str(p.relative_to(runs_dir())): sealed_problems(p) for p in (folder, *attack_folders(folder))}
-        if not any(wrong.values()): wrong[name] = _wrong(folder)
-        found |= {place: problems for place, problems in wrong.items() if problems}
+    for name in names or _finished(): found |= {place: [*map(str, problems)] for place, problems in _problems(name).items()}
     return found
 
 # %% ../nbs/5_run/12_runs.ipynb #55390611
@@ -99,7 +109,8 @@ def run_table() -> pd.DataFrame:
     names, rows = [name for name, state in stored_runs()[['run', 'state']].itertuples(index=False) if state == 'finished'], []
     for name in names:
         try: rows.append(result_row((run := _known(runs_dir()/name)).experiment, run))
-        except RunError as e: warnings.warn(f'{name} is left out: {e}')
+        except (RunError, ValueError, KeyError, TypeError, AttributeError) as e: warnings.warn(f'{name} is left out: {e}')
+    if not rows: raise RunError(f'there is no finished run in {runs_dir()}; compute one first, or set CEM_RUNS to where they are')
     return pd.DataFrame(rows)
 
 
@@ -110,7 +121,7 @@ def export_table(path: Path):
     frame = run_table()
     try: write_whole(path, lambda part: getattr(frame, writers[path.suffix])(part, index=False))
     except ImportError: raise RunError('Parquet needs pyarrow; pip install "cem_nb[parquet]"') from None
-    except OSError as e: raise RunError(f'{path} cannot be written ({e}); choose another place') from None
+    except OSError as e: raise RunError(f'{path} cannot be written ({e}); {remedy(e)} or choose another place') from None
 
 
 def _kinds(row: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -145,6 +156,12 @@ def export_mlflow(
     return len(rows)
 
 # %% ../nbs/5_run/12_runs.ipynb #43c80b57
+def _damage(problems: list[Exception]) -> bool:
+    "Whether nothing is lost by removing it: what cannot be read just now, or is of an earlier version, may be whole."
+    kinds = DamagedError, DamagedRunError
+    return any(isinstance(e, kinds) and not isinstance(e, UnsealedError) for e in problems)
+
+
 def prunable(
     states: Iterable[str],         # of what may go: stopped, diverged, damaged
 ) -> list[Path]:
@@ -154,7 +171,7 @@ def prunable(
         raise ValueError(f'{", ".join(sorted(odd))} cannot be pruned; choose among stopped, diverged, damaged')
     listed, root = stored_runs(), runs_dir()
     found = [root/name for name in listed.run[listed.state == 'diverged']] if 'diverged' in states else []
-    if 'damaged' in states: found += [root/place for place in verify()]
+    if 'damaged' in states: found += [root/place for name in _finished() for place, problems in _problems(name).items() if _damage(problems)]
     parts = [p for p in (*root.glob('*.part'), *root.glob('*/*.part')) if p.is_dir()] if 'stopped' in states else []
     found += [p for p in parts if not being_run(final_name(p))]
     return sorted(found)
@@ -173,8 +190,8 @@ def _show(name: str):
 
 def _list(states: list[str]):
     if odd := set(states) - set(STATES): raise ValueError(f'no state {", ".join(sorted(odd))}; choose among {", ".join(STATES)}')
-    frame = stored_runs()
-    if states: frame = frame[frame.state.isin(states)]
+    frame = stored_runs() if runs_dir().is_dir() else pd.DataFrame()
+    if states and len(frame): frame = frame[frame.state.isin(states)]
     if frame.empty: return print(f'no runs in {runs_dir()}')
     told = frame.assign(epochs=frame.epochs.astype('Int64'), seconds=frame.seconds.map('{:.0f}'.format),
                         megabytes=frame.megabytes.map('{:.1f}'.format))
@@ -185,7 +202,8 @@ def _list(states: list[str]):
 def _verify(names: list[str]) -> int:
     found = verify(names)
     for name, problems in found.items(): print(name, *(f'  {p}' for p in problems), sep='\n')
-    print(f'{len(found)} damaged' if found else 'all is as it was written')
+    read = len(names or _finished())
+    print(f'{read} runs read in {runs_dir()}: ' + (f'{len(found)} damaged' if found else 'all is as it was written'))
     return int(bool(found))
 
 

@@ -21,9 +21,10 @@ import torch
 from .backends import BACKENDS
 from .core import data_dir, of_this_package, runs_dir, whole
 from .data import DATASETS, load_data
-from .experiment import Experiment
+from .engine import pick_device
+from .experiment import DataSettings, Experiment
 from .files import BusyError
-from .store import SCHEMA, Run, RunError, check_sizes, check_stored, data_on, pick_device, registered, run
+from .store import SCHEMA, Run, RunError, check_sizes, check_stored, data_on, registered, run
 from .training import DivergedError
 
 # %% ../nbs/5_run/04_sweep.ipynb #134c755a
@@ -36,6 +37,8 @@ def experiments(
     rows = list(rows)
     if both := set(axes) & {name for row in rows for name in row}:
         raise ValueError(f'{", ".join(sorted(both))} is an axis and in the rows; give it in one of them')
+    for name, values in axes.items():
+        if not isinstance(values, Iterable) or isinstance(values, str): raise ValueError(f'{name} is {values!r}; give its values in a list')
     points = [dict(zip(axes, values)) for values in product(*axes.values())]
     varied = [point | row for point in points for row in rows]
     return [(v, base.replace(**v)) for v in varied]
@@ -43,7 +46,7 @@ def experiments(
 # %% ../nbs/5_run/04_sweep.ipynb #7dcabb2b
 def _plain(value: Any) -> Any:
     "A setting as a cell of a table holds it."
-    return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
+    return json.dumps(value, default=repr) if isinstance(value, (dict, tuple, list)) else value
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -239,13 +242,13 @@ def sweep(
     Raises `ValueError`, `DataError` or `RunError` before the first run if one of them cannot be computed."""
     points = experiments(base, rows, **axes)
     todo, part, records, n_jobs = [e for _, e in points], 'test' if test else 'val', {}, whole(n_jobs=n_jobs)
-    if not test and not all(e.data.val_frac for e in todo): raise ValueError('val_frac is 0; give validation images to choose on')
     backend, gpu = BACKENDS.known(backend), False
     if compute is None:
         where = device if device != 'auto' and backend not in LOCAL else str(pick_device(device))  # who submits may have no GPU
         placed = {settings: data_on(settings, torch.device('cpu')) for settings in {e.data for e in todo}}
         for e in todo: check_sizes(e, placed[e.data][0]), check_stored(e, placed[e.data][1])
-        compute, gpu = partial(_run_on, device=where), torch.device(where).type == 'cuda'
+        if not test and not all(len(d.val) for d, _ in placed.values()): raise ValueError('there are no validation images; raise val_frac')
+        compute, gpu = partial(_run_on, device=where, expected={s: f for s, (_, f) in placed.items()}), torch.device(where).type == 'cuda'
     if backend == 'here' or backend == 'loky' and (gpu or n_jobs == 1): backend, n_jobs = 'here', 1
     if backend != 'here' and not all(map(_of_this_package, todo)):
         print('a method of your own takes part, which other processes do not know: all runs are computed in this one')
@@ -259,7 +262,7 @@ def sweep(
     return pd.DataFrame([records[i] for i in range(len(points))])
 
 # %% ../nbs/5_run/04_sweep.ipynb #07987246
-def _run_on(e: Experiment, device: str) -> Run: return run(e, pick_device(device))
+def _run_on(e: Experiment, device: str, expected: dict[DataSettings, str]) -> Run: return run(e, pick_device(device), expected[e.data])
 
 
 def result_row(
