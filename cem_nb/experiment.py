@@ -15,7 +15,7 @@ from .attack import Attack, attack_from
 from .cem import CEM, CEMS
 from .cem_variants import ReleaseCEM  # registers itself, as the other variants do
 from .core import Count, NonNegative, Positive, Record, Registry, Seed, Share, record_of
-from .data import load_data
+from .datasets import load_data
 from .decoder import DecoderAttack
 from .defense import make_defense
 from .engine import EngineSettings

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from .attack import ATTACKS, Attack, best_of_restarts
 from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
-from .data import DataError, ImageData, shared_data, to_float
+from .data import DataError, ImageData, to_float
+from .datasets import shared_data
 from .engine import using
 from .experiment import DataSettings, Experiment, TrainSettings
 from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, being_run, check_free, drop_checkpoints, read_record,

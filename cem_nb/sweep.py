@@ -20,7 +20,7 @@ import torch
 
 from .backends import BACKENDS
 from .core import data_dir, of_this_package, runs_dir, whole
-from .data import DATASETS, load_data
+from .datasets import DATASETS, load_data
 from .engine import pick_device
 from .experiment import DataSettings, Experiment
 from .files import BusyError

@@ -32,7 +32,8 @@ with atheris.instrument_imports(include=['PIL', 'cem_nb']) if atheris and __name
     from PIL import Image
 
     from cem_nb.core import data_dir, runs_dir
-    from cem_nb.data import DataError, load_data
+    from cem_nb.data import DataError
+    from cem_nb.datasets import load_data
     from cem_nb.decoder import DecoderAttack
     from cem_nb.experiment import Experiment
     from cem_nb.files import RunError

@@ -12,7 +12,8 @@ from twins import numpy_ssim
 from cem_nb.attack import (ATTACKS, Attack, AttackDivergedError, attack_from, best_of_restarts, reconstruct,
                            register_attack, score_attack, scored, train_attack)
 from cem_nb.core import stage_seed
-from cem_nb.data import Split, load_data, to_float
+from cem_nb.data import Split, to_float
+from cem_nb.datasets import load_data
 from cem_nb.models import evaluating, split_model
 
 

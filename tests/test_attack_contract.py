@@ -10,7 +10,8 @@ import cem_nb.decoder, cem_nb.gan, cem_nb.oracle  # each registers its attack
 from cem_nb.attack import (ATTACKS, Attack, attack_from, best_of_restarts, reconstruct, register_attack,
                            train_attack)
 from cem_nb.core import seeded
-from cem_nb.data import Split, load_data, to_float
+from cem_nb.data import Split, to_float
+from cem_nb.datasets import load_data
 from cem_nb.models import evaluating, feature_shape, split_model
 from cem_nb.oracle import Oracle
 

@@ -13,7 +13,8 @@ from cem_nb import (bounds, core, cost, distcorr, fisher, images, kmeans, logdet
                     worlds)
 from cem_nb.attack import attack_from, reconstruct, register_attack, score_attack
 from cem_nb.cem import CEMS
-from cem_nb.data import DataError, Split, batches, load_data, split_train, to_float
+from cem_nb.data import DataError, Split, batches, split_train, to_float
+from cem_nb.datasets import load_data
 from cem_nb.decoder import Decoder, DecoderAttack
 from cem_nb.defense import make_defense
 from cem_nb.experiment import Experiment, preset

@@ -9,8 +9,10 @@ from PIL import Image
 
 from cem_nb.core import data_dir, project_dir, runs_dir
 import cem_nb.data
+import cem_nb.datasets
 import cem_nb.files
-from cem_nb.data import DATASETS, Augment, DataError, Source, Split, augment_batch, batches, load_data, shared_data, split_train, to_float
+from cem_nb.data import Augment, DataError, Split, augment_batch, batches, split_train, to_float
+from cem_nb.datasets import DATASETS, Source, load_data, shared_data
 
 
 def write_image(path, value, size=(16, 16), mode='RGB'):
@@ -109,7 +111,7 @@ def test_facescrub_says_where_to_ask():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(cem_nb.data, 'TINY', dict(classes=2, train=5, test=4))
+    monkeypatch.setattr(cem_nb.datasets, 'TINY', dict(classes=2, train=5, test=4))
     root = data_dir()/'tiny-imagenet-200'
     for w in ('n01', 'n02'):
         for i in range(5): write_image(root/'train'/w/'images'/f'{w}_{i}.JPEG'.replace('JPEG', 'jpeg'), i, (64, 64))

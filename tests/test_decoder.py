@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from cem_nb.attack import AttackDivergedError, score_attack, train_attack
 from cem_nb.core import stage_seed
-from cem_nb.data import Split, batches, load_data
+from cem_nb.data import Split, batches
+from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack, check_finite, epoch_means
 from cem_nb.loop import cosine, set_rates
 from cem_nb.models import Decoder, feature_shape, split_model

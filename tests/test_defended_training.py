@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from cem_nb.data import load_data
+from cem_nb.datasets import load_data
 from cem_nb.methods import make_defense
 from cem_nb.models import n_params, split_model
 from cem_nb.experiment import Experiment

@@ -12,7 +12,7 @@ from torch import nn
 
 import cem_nb.data
 from cem_nb.core import number, seeded
-from cem_nb.data import load_data
+from cem_nb.datasets import load_data
 from cem_nb.defense import ProxyDefense, defense
 from cem_nb.methods import DEFENSES, make_defense
 from cem_nb.models import feature_shape

@@ -5,7 +5,7 @@ from torch import nn
 
 from cem_nb.attack import score_attack, train_attack
 from cem_nb.cem import CEM
-from cem_nb.data import load_data
+from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.defense import make_defense
 from cem_nb.engine import EngineSettings, can_compile, engine, networks, using

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
 
-from cem_nb.data import load_data
+from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import PRESETS, CEMSettings, DataSettings, Experiment, ModelSettings, TrainSettings, preset
 from cem_nb.gan import GAN

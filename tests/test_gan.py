@@ -9,7 +9,8 @@ from torch import nn
 
 from cem_nb.attack import AttackDivergedError, train_attack
 from cem_nb.core import stage_seed
-from cem_nb.data import Split, batches, load_data
+from cem_nb.data import Split, batches
+from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.gan import GAN, Critic, critic_step, generator_step, gradient_penalty
 from cem_nb.loop import cosine

@@ -435,3 +435,92 @@ def test_half_a_cache_is_not_left_behind(files, monkeypatch):
     monkeypatch.setattr(np, 'save', full)
     with pytest.warns(UserWarning, match='No space left'): decode_all(files, None)
     assert not list((data_dir()/'cache').iterdir())
+
+
+def segment(marker, body): return b'\xff' + bytes([marker]) + struct.pack('>H', len(body) + 2) + body
+
+
+def with_parts(data, *parts):
+    "A JPEG or PNG with further parts after its first one."
+    at = 2 if data.startswith(b'\xff\xd8') else 8 + 25
+    return data[:at] + b''.join(parts) + data[at:]
+
+
+JPEG, PNG = (file_of(NOISE, form) for form in ('JPEG', 'PNG'))
+
+
+@pytest.mark.parametrize('data', [
+    with_parts(JPEG, *[segment(0xe1, b'Exif\0\0' + b'x'*10)]*200_000), with_parts(JPEG, *[b'\xff\xe5\0\2']*200_000),
+    with_parts(JPEG, b'\xff'*300_000), with_parts(PNG, *[chunk(b'prVt', b'')]*100_000), with_parts(PNG, *[chunk(b'IDAT', b'')]*100_000),
+], ids=['EXIF', 'APP5', 'padding', 'private', 'IDAT'])
+def test_a_file_of_very_many_parts_is_refused_at_once(data):
+    began = time.process_time()
+    with pytest.raises(DataError, match='more than 20,000 parts'): decode_picture(data, 3, 16)
+    assert time.process_time() - began < 1
+
+
+def exif_of(entry, order='<', entries=1):
+    return {'<': b'II*\0', '>': b'MM\0*'}[order] + struct.pack(order + 'IH', 8, entries) + entry
+
+
+JUNK = [b'', b'xx', b'MM\0', b'x'*40, exif_of(b''), exif_of(struct.pack('<HHII', 0x0112, 99, 1, 6)), exif_of(b'', entries=65535),
+        exif_of(struct.pack('<HHII', 0x0112, 3, 1, 77))]
+
+
+@pytest.mark.parametrize('junk', JUNK)
+@pytest.mark.parametrize('dpi', [None, (72, 72)])
+def test_metadata_that_cannot_be_read_are_none(junk, dpi):
+    plain = file_of(NOISE, 'JPEG', **dict(dpi=dpi) if dpi else {})
+    for with_junk, alone in ((with_parts(plain, segment(0xe1, b'Exif\0\0' + junk)), plain), (with_parts(PNG, chunk(b'eXIf', junk)), PNG)):
+        assert np.array_equal(decode(with_junk, 'x', None), decode(alone, 'x', None))
+
+
+def test_texts_and_profiles_that_unpack_to_megabytes_are_not_unpacked():
+    bomb = zlib.compress(bytes(2**26))
+    data = with_parts(PNG, chunk(b'zTXt', b'note\0\0' + bomb), chunk(b'iCCP', b'p\0\0' + bomb), chunk(b'zTXt', b'Raw profile type exif\0\0' + bomb),
+                      chunk(b'iTXt', b'XML:com.adobe.xmp\0\1\0\0\0' + bomb))
+    began = time.process_time()
+    assert np.array_equal(decode(data, 'x', None), decode(PNG, 'x', None)) and time.process_time() - began < 1
+
+
+@pytest.mark.parametrize('text', [b'tiff:Orientation="6"', b"tiff:Orientation='6'", b'tiff:Orientation = "6"', b'<tiff:Orientation>6</tiff:Orientation>'])
+def test_the_orientation_of_xmp_counts_where_exif_has_none(text):
+    want = decode(with_parts(PNG, chunk(b'eXIf', exif_of(struct.pack('<HHII', 0x0112, 3, 1, 6)))), 'x', None)
+    assert not np.array_equal(want, decode(PNG, 'x', None))
+    packed = [chunk(b'iTXt', b'XML:com.adobe.xmp\0' + flags + b'\0\0' + body) for flags, body in ((b'\0\0', text), (b'\1\0', zlib.compress(text)))]
+    for part in packed: assert np.array_equal(decode(with_parts(PNG, part), 'x', None), want)
+    raw = b'\nexif\n      26\n' + (b'Exif\0\0' + exif_of(struct.pack('<HHII', 0x0112, 3, 1, 6))).hex().encode()
+    for part in (chunk(b'tEXt', b'Raw profile type exif\0' + raw), chunk(b'zTXt', b'Raw profile type exif\0\0' + zlib.compress(raw))):
+        assert np.array_equal(decode(with_parts(PNG, part), 'x', None), want)
+    jpeg = with_parts(JPEG, segment(0xe1, b'http://ns.adobe.com/xap/1.0/\0' + text))
+    assert np.array_equal(decode(jpeg, 'x', None), np.rot90(decode(JPEG, 'x', None), -1, (1, 2)))
+    upright = segment(0xe1, b'Exif\0\0' + exif_of(struct.pack('>HHIHH', 0x0112, 3, 1, 1, 0), '>'))
+    assert np.array_equal(decode(with_parts(jpeg, upright), 'x', None), decode(JPEG, 'x', None))  # EXIF comes first
+
+
+def test_an_image_that_ends_early_is_refused_whatever_pillow_is_told(tmp_path, monkeypatch):
+    from PIL import ImageFile
+    path = tmp_path/'cut.jpg'
+    path.write_bytes(JPEG[:len(JPEG)//2])
+    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)
+    monkeypatch.setenv('CEM_DATA', str(tmp_path))
+    with pytest.raises(DataError, match='LOAD_TRUNCATED_IMAGES to False'): decode_all([path], None)
+    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', False)
+    with pytest.raises(DataError, match='truncated'): decode_all([path], None)
+
+
+def test_headers_that_are_no_headers():
+    at = JPEG.index(b'\xff\xc0')
+    flat = JPEG[:at + 5] + b'\0\0' + JPEG[at + 7:]
+    no_width = PNG[:16] + b'\0\0\0\0' + PNG[20:29] + struct.pack('>I', zlib.crc32(PNG[12:16] + b'\0\0\0\0' + PNG[20:29])) + PNG[33:]
+    for data in (flat, no_width):
+        with pytest.raises(DataError, match='a side has 0 pixels'): decode(data, 'x', None)
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4, 'P'); image.putpalette([0, 0, 0, 9, 9, 9, 99, 99, 99, 255, 0, 0])
+    image.save(file := BytesIO(), 'PNG')
+    data = file.getvalue()
+    start = data.index(b'PLTE') - 4
+    size = struct.unpack('>I', data[start:start + 4])[0]
+    cut = data[:start] + chunk(b'PLTE', data[start + 8:start + 8 + 6]) + data[start + 12 + size:]
+    assert decode(data, 'x', None).max() == 255
+    with pytest.raises(DataError, match='a pixel of colour 3 and 2 colours'): decode(cut, 'x', None)
+    with pytest.raises(DataError, match='colour 3 and 0 colours'): decode(data[:start] + data[start + 12 + size:], 'x', None)

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from cem_nb.attack import best_of_restarts, score_attack, train_attack
 from cem_nb.core import seeded
-from cem_nb.data import Split, load_data, to_float
+from cem_nb.data import Split, to_float
+from cem_nb.datasets import load_data
 from cem_nb.models import split_model
 from cem_nb.oracle import Oracle, encoded, even_places, evenly_spaced, oracle_attack
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from cem_nb import plan
 from cem_nb.cost import macs
-from cem_nb.data import load_data
+from cem_nb.datasets import load_data
 from cem_nb.decoder import Decoder, DecoderAttack
 from cem_nb.experiment import preset
 from cem_nb.gan import GAN

@@ -28,7 +28,8 @@ import cem_nb.store as store
 from cem_nb.attack import ATTACKS, Attack
 from cem_nb.cem import CEMS
 from cem_nb.core import data_dir, runs_dir, seeded
-from cem_nb.data import Augment, DataError, ImageData, Split, batches, load_data, split_train
+from cem_nb.data import Augment, DataError, ImageData, Split, batches, split_train
+from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.files import RunError

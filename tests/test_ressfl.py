@@ -5,7 +5,7 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from cem_nb.core import seeded
-from cem_nb.data import load_data
+from cem_nb.datasets import load_data
 from cem_nb.ressfl import ResSFL
 from cem_nb.ssim import ssim
 

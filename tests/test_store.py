@@ -17,7 +17,7 @@ import cem_nb.store as store
 import cem_nb.training as training
 from cem_nb.attack import ATTACKS, AttackDivergedError, score_attack
 from cem_nb.core import provenance, runs_dir
-from cem_nb.data import load_data
+from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.defense import DEFENSES, Method
 from cem_nb.experiment import Experiment

@@ -4,7 +4,8 @@ from precision import AMBIENT, precision_around
 
 import cem_nb.training as training
 from cem_nb.attack import score_attack, train_attack
-from cem_nb.data import ImageData, Split, load_data, to_float
+from cem_nb.data import ImageData, Split, to_float
+from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.loop import epochs
