@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'TINY', 'Source', 'dataset', 'shared_data', 'load_data']
 
 # %% ../nbs/1_base/07_datasets.ipynb #cbe495cb
-import hashlib, os
+import hashlib, math, os, unicodedata, warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,17 +17,29 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from sklearn.datasets import load_digits
+from torch import Tensor
 
-from .core import Count, Registry, data_dir, project_dir, register
+from .core import Count, Registry, data_dir, number, project_dir, register, whole
 from .data import Augment, ImageData, Split, split_train, take
 from .files import state_of
-from .images import MAX_TOTAL, DataError, decode_all, image_files, subfolders
+from .images import ENDINGS, MAX_TOTAL, DataError, decode_all, image_files, in_words, listing, subfolders
 
 # %% ../nbs/1_base/07_datasets.ipynb #9892bd11
+def _warn_of_twins(files: list[Path], x: Tensor, y: Tensor, n: int):
+    "The same pixels in training and test, or under two labels, make numbers that mean something else."
+    first, in_both, in_two = {}, [], []
+    for i, image in enumerate(x.numpy()):
+        j = first.setdefault(hashlib.blake2b(image, digest_size=16).digest(), i)
+        if j < n <= i: in_both.append((j, i))
+        if y[j] != y[i]: in_two.append((j, i))
+    for pairs, what in ((in_both, 'test images are among the training images'), (in_two, 'images are under two labels')):
+        if pairs: warnings.warn(f'{len(pairs)} {what}, such as {" and ".join(str(files[i]) for i in pairs[0])}; remove one of each', stacklevel=2)
+
+
 def _from_lists(train: list[tuple[Path, int]], test: list[tuple[Path, int]], size: int | None) -> tuple[Split, Split]:
-    x = decode_all([p for p, _ in train + test], size)
-    y = torch.tensor([c for _, c in train + test])
-    n = len(train)
+    files, n = [p for p, _ in train + test], len(train)
+    x, y = decode_all(files, size), torch.tensor([c for _, c in train + test])
+    _warn_of_twins(files, x, y, n)
     return Split(x[:n], y[:n]), Split(x[n:], y[n:])
 
 # %% ../nbs/1_base/07_datasets.ipynb #7f0c5661
@@ -38,19 +50,34 @@ def _find_folder(path: str) -> Path:
     raise DataError(f'folder:{path} does not exist; give a folder that holds train/<class>/ and test/<class>/ images')
 
 # %% ../nbs/1_base/07_datasets.ipynb #73886f79
+def _key(name: str) -> str: return unicodedata.normalize('NFC', name).casefold()
+
+
+def _alike(folders: list[Path]) -> tuple[Path, Path] | None:
+    "Two of them whose names look the same."
+    first = {}
+    for p in folders:
+        if (q := first.setdefault(_key(p.name), p)) is not p: return q, p
+
+
 def _load_folder(path: str, size: int | None):
     root = _find_folder(path)
     for part in ('train', 'test'):
         if not (root/part).is_dir():
             raise DataError(f'{root} has no folder {part}/; put the images under train/<class>/ and test/<class>/')
-    classes = [p.name for p in subfolders(root/'train', 'class')]
-    lists = {}
-    for part in ('train', 'test'):
-        found = subfolders(root/part, 'class')
-        for p in found:
-            if p.name not in classes: raise DataError(f'{p} has no namesake under {root/"train"}; add or remove it')
-        lists[part] = [(f, classes.index(p.name)) for p in found for f in image_files(p)]
-    return classes, *_from_lists(lists['train'], lists['test'], size)
+    of_images = lambda p: os.path.isdir(p) or p.suffix.lower() in ENDINGS
+    if others := [p for p in listing(root) if p.name not in ('train', 'test') and of_images(p)]:
+        warnings.warn(f'{root}: {len(others)} left out ({in_words(others)}), for images lie in train/ and test/; move them there if they '
+                      'belong to it', stacklevel=2)
+    found = {part: {_key(p.name): p for p in subfolders(root/part, 'class')} for part in ('train', 'test')}
+    for part, other in (('train', 'test'), ('test', 'train')):
+        if alike := _alike(list(map(Path, listing(root/part)))):
+            raise DataError(f'{alike[0]} and {alike[1].name} differ in case or in how a letter is encoded only; rename one')
+        if odd := [p for key, p in found[part].items() if key not in found[other]]:
+            raise DataError(f'{odd[0]} has no namesake under {root/other}' + f', nor have {len(odd) - 1} others'*(len(odd) > 1) + '; add or remove it')
+    labels = {key: i for i, key in enumerate(found['train'])}
+    lists = {part: [(f, labels[key]) for key, p in found[part].items() for f in image_files(p)] for part in ('train', 'test')}
+    return [p.name for p in found['train'].values()], *_from_lists(lists['train'], lists['test'], size)
 
 # %% ../nbs/1_base/07_datasets.ipynb #f218d597
 class Source(NamedTuple):
@@ -122,6 +149,9 @@ def _tiny_labels(notes: Path, label: dict[str, int]) -> list[tuple[Path, int]]:
     if odd := [r for r in rows if len(r) < 2 or r[1] not in label]:
         raise DataError(f'{notes} has a line "{" ".join(odd[0])}", which names no class; unpack tiny-imagenet-200.zip again')
     _tiny(len({name for name, _ in rows}), f'images listed in {notes}', 'test')
+    _tiny(len(rows), f'lines in {notes}', 'test')
+    if odd := [name for name, _ in rows if '/' in name]:
+        raise DataError(f'{notes} names {odd[0]}, which lies elsewhere; unpack tiny-imagenet-200.zip again')
     return [(notes.parent/'images'/name, label[w]) for name, w in rows]
 
 
@@ -158,7 +188,13 @@ def _load_facescrub(size: int | None):
         raise DataError(f'{root} does not exist; FaceScrub may not be passed on: ask for it at '
                         'http://vintage.winklerbros.net/facescrub.html and put each identity in a folder there')
     people = subfolders(root, 'identity')
-    files = [(f, i) for i, p in enumerate(people) for f in image_files(p)]
+    each = [image_files(p) for p in people]
+    if few := [p for p, files in zip(people, each) if len(files) < 2]:
+        raise DataError(f'{few[0]} holds one image; an identity needs two or more: one for training, one for the test')
+    if sum(map(len, each)) < 10*len(people):
+        raise DataError(f'{root} holds {sum(map(len, each))} images of {len(people)} identities; a tenth is kept for the test, so give ten or '
+                        'more for each on average')
+    files = [(f, i) for i, files in enumerate(each) for f in files]
     full, _ = _from_lists(files, [], size or 48)
     test, train = take(full, round(0.1*len(full)), 0, 'test')
     return [p.name for p in people], train, test
@@ -166,24 +202,37 @@ def _load_facescrub(size: int | None):
 # %% ../nbs/1_base/07_datasets.ipynb #a3440e92
 def _checked(dataset: str, s: Split, n_classes: int) -> Split:
     "The images and labels of a loader, if they are what `Split` says; else `DataError`."
+    if not isinstance(s, Split): raise DataError(f'the loader of {dataset} gives {type(s).__name__}; give class names and two Splits')
     if s.x.dtype != torch.uint8 or s.x.ndim != 4 or s.x.shape[1] not in (1, 3):
         raise DataError(f'{dataset} has images of {s.x.dtype} {list(s.x.shape)}; give uint8 [N, C, H, W], C 1 or 3')
     if s.y.dtype != torch.int64 or s.y.shape != s.x.shape[:1] or not len(s.y):
         raise DataError(f'{dataset} has labels of {s.y.dtype} {list(s.y.shape)} for {len(s.x)} images; give int64, one for each')
     if odd := [*filter(lambda y: not 0 <= y < n_classes, s.y.unique().tolist())]:
         raise DataError(f'{dataset} has a label {odd[0]} and {n_classes} classes; give labels from 0 to {n_classes - 1}')
+    if s.x.shape[2] != s.x.shape[3] or s.x.shape[3] < 8:
+        raise DataError(f'{dataset} has images of {s.x.shape[3]} x {s.x.shape[2]} pixels; give square ones of 8 or more')
     return s
+
+
+def _of_one_kind(dataset: str, classes: list[str], full: Split, test: Split):
+    "Raise `DataError` for parts that do not fit, and warn of a class without test images."
+    if full.x.shape[1:] != test.x.shape[1:]:
+        raise DataError(f'{dataset} has images of {list(full.x.shape[1:])} for training and {list(test.x.shape[1:])} for the test; give one shape')
+    if len(set(classes)) < len(classes): raise DataError(f'{dataset} has two classes of one name; rename one')
+    if lacking := [c for i, c in enumerate(classes) if not (test.y == i).any()]:
+        warnings.warn(f'{dataset} has no test image of {", ".join(map(str, lacking[:5]))}{", ..."*(len(lacking) > 5)}; its scores are about '
+                      'the other classes', stacklevel=2)
 
 
 def _read(dataset: str, image_size: int | None):
     "Class names, training images, test images and augmentation."
-    if dataset.startswith('folder:'):
-        classes, full, test = _load_folder(dataset.removeprefix('folder:'), image_size)
-        return classes, full, test, Augment(full.x.shape[-1]//8, True, 15)
-    if dataset not in DATASETS: raise DataError(f'no data set {dataset!r}; choose one of {", ".join(DATASETS)} or folder:PATH')
-    source = DATASETS[dataset]
-    classes, full, test = source.load(image_size)
-    return classes, *(_checked(dataset, s, len(classes)) for s in (full, test)), source.augment
+    if dataset.startswith('folder:'): load, augment = partial(_load_folder, dataset.removeprefix('folder:')), None
+    elif dataset in DATASETS: load, augment, _ = DATASETS[dataset]
+    else: raise DataError(f'no data set {dataset!r}; choose one of {", ".join(DATASETS)} or folder:PATH')
+    classes, *parts = load(image_size)
+    full, test = (_checked(dataset, s, len(classes)) for s in parts)
+    _of_one_kind(dataset, classes, full, test)
+    return classes, full, test, augment or Augment(full.x.shape[-1]//8, True, 15)
 
 # %% ../nbs/1_base/07_datasets.ipynb #3582d284
 @lru_cache(maxsize=4)
@@ -205,8 +254,11 @@ def _state(dataset: str, source: Source | None) -> str | None:
 
 def shared_data(dataset: str, n_train: int | None, val_frac: float, image_size: int | None) -> ImageData:
     "As `load_data`, but the same images in every call while the files are the same: not to be changed in place."
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 8 or image_size % 4):
-        raise DataError(f'image_size is {image_size}; give a multiple of 4, at least 8')
+    if not isinstance(dataset, str): raise DataError(f'the data set is {dataset!r}; give a name, or folder:PATH, as a text')
+    if image_size is not None and (type(image_size) is not int or image_size < 8 or image_size % 4):
+        raise DataError(f'image_size is {image_size!r}; give a multiple of 4, at least 8')
+    if n_train is not None: whole(n_train=n_train)
+    number(val_frac=val_frac, below=math.nextafter(0.5, 1))
     source = DATASETS[dataset] if dataset in DATASETS else None
     state = _state(dataset, source)
     return (_loaded if state else _loaded.__wrapped__)(source, state, dataset, n_train, val_frac, image_size)

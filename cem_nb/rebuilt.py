@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .attack import ATTACKS, reconstruct
 from .core import Count, Positive, Seed, finite_array, seeded
 from .data import Split, to_float
+from .engine import pick_device
 from .experiment import CEMSettings, Experiment, preset
 from .methods import DEFENSES
 from .models import SplitModel
@@ -32,7 +33,6 @@ from .pictures import first_runs
 from .show import attack_label, rows_of
 from .ssim import ssim_zero
 from .stats import row_name
-from .engine import pick_device
 from .store import Run, data_on, open_run
 from .sweep import sweep
 

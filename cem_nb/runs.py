@@ -110,15 +110,20 @@ def run_table() -> pd.DataFrame:
     for name in names:
         try: rows.append(result_row((run := _known(runs_dir()/name)).experiment, run))
         except (RunError, ValueError, KeyError, TypeError, AttributeError) as e: warnings.warn(f'{name} is left out: {e}')
-    if not rows: raise RunError(f'there is no finished run in {runs_dir()}; compute one first, or set CEM_RUNS to where they are')
     return pd.DataFrame(rows)
+
+
+def _some_runs() -> pd.DataFrame:
+    frame = run_table()
+    if len(frame): return frame
+    raise RunError(f'there is no finished run in {runs_dir()}; compute one first, or set CEM_RUNS to where they are')
 
 
 def export_table(path: Path):
     "Write `run_table` as .parquet or .csv, by its ending. Raises `ValueError` for another ending, `RunError` for a disk."
     writers = {'.parquet': 'to_parquet', '.csv': 'to_csv'}
     if path.suffix not in writers: raise ValueError(f'{path.name} has no known ending; give .parquet or .csv')
-    frame = run_table()
+    frame = _some_runs()
     try: write_whole(path, lambda part: getattr(frame, writers[path.suffix])(part, index=False))
     except ImportError: raise RunError('Parquet needs pyarrow; pip install "cem_nb[parquet]"') from None
     except OSError as e: raise RunError(f'{path} cannot be written ({e}); {remedy(e)} or choose another place') from None
@@ -141,12 +146,13 @@ def export_mlflow(
         from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
     except ImportError: raise RunError('this needs MLflow; pip install "cem_nb[mlflow]"') from None
+    found = _some_runs()
     try:
         client = MlflowClient(uri)
         there = client.get_experiment_by_name(experiment)
         where = there.experiment_id if there else client.create_experiment(experiment)
         logged = client.search_runs([where], "attributes.status = 'FINISHED'", max_results=50_000)  # one that was cut off is logged again
-        rows = [row for row in run_table().to_dict('records') if row['run'] not in {r.info.run_name for r in logged}]
+        rows = [row for row in found.to_dict('records') if row['run'] not in {r.info.run_name for r in logged}]
         for row in rows:
             numbers, settings = _kinds(row)
             run = client.create_run(where, run_name=row['run']).info.run_id

@@ -24,7 +24,8 @@ from cem_nb.oracle import Oracle
 from cem_nb.parameters import ParameterError, TableParameters, read_parameters
 from cem_nb.rebuilt import picked
 from cem_nb.stats import mean_interval
-from cem_nb.store import open_run, pick_device, run
+from cem_nb.engine import pick_device
+from cem_nb.store import open_run, run
 from cem_nb.sweep import experiments, sweep
 from cem_nb.tradeoff import advantage, noise_rows
 from cem_nb.training import accuracy

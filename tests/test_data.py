@@ -1,5 +1,6 @@
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_mixed_sizes_and_grey_images(tmp_path):
     (lambda f: (f/'train'/'cat'/'03.png').write_bytes(b'no image'), r'03\.png cannot be read'),
     (lambda f: [p.unlink() for p in (f/'train'/'cat').iterdir()], r'cat holds no \.jpg or \.png'),
     (lambda f: (f/'test').rename(f/'tset'), r'has no folder test/'),
-    (lambda f: (f/'test'/'dog').rename(f/'test'/'fox'), r'fox has no namesake'),
+    (lambda f: (f/'test'/'dog').rename(f/'test'/'fox'), r'dog has no namesake under'),
     (lambda f: [p.rename(f/p.name) for p in [f/'train'/'dog']], r'1 class folders; at least 2'),
 ])
 def test_broken_folders_are_named(folder, harm, message):
@@ -296,3 +297,68 @@ def test_who_changes_images_in_place_changes_his_own():
     mine.train.x[:] = 255 - mine.train.x
     mine.test.y[:] = mine.test.y.flip(0)
     assert load_data().fingerprint == before == data_on(DataSettings(), torch.device('cpu'))[0].fingerprint != mine.fingerprint
+
+
+def test_what_differs_in_case_or_encoding_only_is_named(tmp_path):
+    for part in ('train', 'test'):
+        for c in ('caf\u00e9', 'tea'): write_image(tmp_path/'set'/part/c/'0.png', (9, 9, len(c)))
+    (tmp_path/'set'/'test'/'caf\u00e9').rename(tmp_path/'set'/'test'/'cafe\u0301')  # the same name for a reader
+    with pytest.warns(UserWarning, match='among the training images'): d = load_data(f'folder:{tmp_path}/set', val_frac=0)
+    assert d.test.y.tolist() == [0, 1] and d.classes == ('caf\u00e9', 'tea')
+    write_image(tmp_path/'set'/'train'/'Tea'/'0.png', (1, 2, 3))
+    with pytest.raises(DataError, match='differ in case'): load_data(f'folder:{tmp_path}/set', val_frac=0)
+
+
+def test_what_a_half_unpacked_folder_lacks_and_what_lies_beside_is_said(folder):
+    shutil.copytree(folder/'train', folder/'val')
+    write_image(folder/'train.png', (0, 0, 0))
+    with pytest.warns(UserWarning, match=r'2 left out \(1 x folder, 1 x .png\), for images lie in train/ and test/'): load_data(f'folder:{folder}')
+    for c in ('emu', 'fox'): shutil.copytree(folder/'train'/'dog', folder/'train'/c)
+    with pytest.raises(DataError, match=r'emu has no namesake under .*test, nor have 1 others'), pytest.warns(UserWarning): load_data(f'folder:{folder}')
+
+
+def test_pictures_that_are_in_both_parts_or_in_two_classes_are_counted(tmp_path):
+    for part, shift in (('train', 0), ('test', 100)):
+        for c, red in (('a', 0), ('b', 50)):
+            for i in range(6): write_image(tmp_path/'set'/part/c/f'{i}.png', (red + i + shift, 0, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_data(f'folder:{tmp_path}/set', val_frac=0)
+    shutil.copy(tmp_path/'set'/'train'/'a'/'0.png', tmp_path/'set'/'test'/'a'/'9.png')
+    shutil.copy(tmp_path/'set'/'train'/'a'/'1.png', tmp_path/'set'/'train'/'b'/'9.png')
+    with pytest.warns(UserWarning) as said: load_data(f'folder:{tmp_path}/set', val_frac=0)
+    assert [str(w.message).split(',')[0] for w in said] == ['1 test images are among the training images', '1 images are under two labels']
+
+
+@pytest.mark.parametrize('full, test, classes, message', [
+    ((3, 16, 16), (3, 32, 32), 'ab', 'give one shape'), ((3, 16, 24), (3, 16, 24), 'ab', 'give square ones'),
+    ((3, 4, 4), (3, 4, 4), 'ab', 'of 8 or more'), ((3, 16, 16), (1, 16, 16), 'ab', 'give one shape'), ((3, 16, 16), (3, 16, 16), 'aa', 'two classes of one name')])
+def test_parts_that_do_not_fit_each_other(full, test, classes, message, monkeypatch):
+    split = lambda shape: Split(torch.zeros(8, *shape, dtype=torch.uint8), torch.arange(8) % 2)
+    monkeypatch.setitem(DATASETS, 'mine', Source(lambda size: ([*classes], split(full), split(test)), Augment(), None))
+    with pytest.raises(DataError, match=message): load_data('mine')
+
+
+def test_a_loader_of_tuples_or_without_test_images_of_a_class(monkeypatch):
+    x, y = torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
+    monkeypatch.setitem(DATASETS, 'mine', Source(lambda size: (['a', 'b'], (x, y), (x, y)), Augment(), None))
+    with pytest.raises(DataError, match='gives tuple; give class names and two Splits'): load_data('mine')
+    monkeypatch.setitem(DATASETS, 'mine', Source(lambda size: (['a', 'b', 'c'], Split(x, y), Split(x, y)), Augment(), None))
+    with pytest.warns(UserWarning, match='no test image of c; its scores'): load_data('mine', val_frac=0)
+
+
+@pytest.mark.parametrize('bad', [dict(image_size=16.0), dict(image_size='16'), dict(image_size=True), dict(n_train='100'), dict(val_frac=None),
+                                 dict(dataset=Path('digits')), dict(val_frac=0.6), dict(image_size=400_000)])
+def test_arguments_of_a_wrong_kind(bad):
+    with pytest.raises(ValueError, match=f'{"the data set" if "dataset" in bad else next(iter(bad))} is .*give '): load_data(**bad)
+
+
+def test_files_are_seen_however_deep_they_lie(monkeypatch, tmp_path):
+    monkeypatch.setattr(cem_nb.files, 'FRESH', -10**18)
+    deep = tmp_path/'1'/'2'/'3'/'4'/'5'/'6'/'7'
+    deep.mkdir(parents=True)
+    (deep/'v').write_text('10')
+    (deep/'up').symlink_to(tmp_path)
+    before = cem_nb.files.state_of(tmp_path)
+    (deep/'v').write_text('99')
+    assert before and cem_nb.files.state_of(tmp_path) != before

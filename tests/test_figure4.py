@@ -217,3 +217,8 @@ def test_settings_go_to_sweep(monkeypatch):
     frame = figure4_runs(Experiment(), p)
     assert given == dict(seeds=(3,), device='cpu', backend='ray', n_jobs=5, names=['d: noise alone', 'd: CEM at σ = 0.025'])
     assert list(frame.curve) == ['noise alone', 'CEM at σ = 0.025'] and list(frame.panel) == ['d', 'd']
+
+
+def test_values_that_print_alike_are_two_curves():
+    curves = figure4_curves(Figure4Parameters(panels='b', lams='16,16.0000001'))
+    assert len({c.label for c in curves}) == 2 and curves[0].label == 'λ = 16'

@@ -117,3 +117,12 @@ def test_bad_input_says_what_to_do(call, match):
 ])
 def test_wrong_types(call):
     with pytest.raises(TypeError, match='torch tensor'): call()
+
+
+def test_large_float32_features_give_the_clusters_of_float64(monkeypatch):
+    monkeypatch.setattr('cem_nb.kmeans.LARGE', 1)
+    x = blobs(2000, 6, 5, gap=1.)[0].float() + 1e3
+    (a, la), (b, lb) = (kmeans(v, 5, generator=rng(0)) for v in (x, x.double()))
+    assert a.dtype == torch.float32 and torch.allclose(a.double(), b, atol=1e-3) and (la == lb).double().mean() > 0.999
+    cost = lambda c, l: (x.double() - c.double()[l]).square().sum().item()
+    assert cost(a, la) == pytest.approx(cost(b, lb), rel=1e-5)

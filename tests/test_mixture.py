@@ -207,3 +207,54 @@ def test_whole_numbers_of_any_kind_are_settings():
 ])
 def test_wrong_types(call):
     with pytest.raises(TypeError, match='torch tensor'): call()
+
+
+# large float32 features, which stay in float32
+
+@pytest.fixture
+def large(monkeypatch):
+    monkeypatch.setattr('cem_nb.kmeans.LARGE', 1)
+
+
+def float32_blobs(n=3000, m=8, k=5, gap=1.): return blobs(n, m, k, gap=gap)[0].float()
+
+
+@pytest.mark.parametrize('form', TYPES)
+def test_a_fit_in_float32_is_that_in_float64(form, large):
+    x = float32_blobs()
+    a, b = (GaussianMixture(5, covariance_type=form, tol=0, max_iter=10, random_state=0).fit(v) for v in (x, x.double()))
+    assert a.means_.dtype == a.covariances_.dtype == torch.float64 and (form == 'full') == torch.equal(a.means_, b.means_)
+    assert torch.allclose(a.means_, b.means_, atol=1e-4) and torch.allclose(a.covariances_, b.covariances_, rtol=1e-3, atol=1e-5)
+    assert a.lower_bound_ == pytest.approx(b.lower_bound_, abs=1e-4) and torch.allclose(a.weights_, b.weights_, atol=1e-4)
+
+
+@pytest.mark.parametrize('far', [1e4, 1e8, 1e15])
+def test_beside_an_outlier_float32_features_are_worked_on_in_float64(far, large):
+    x = torch.cat([0.1*torch.randn(300, 2, generator=rng(0)), torch.full((1, 2), far)])
+    a, b = (GaussianMixture(2, random_state=0).fit(v) for v in (x, x.double()))
+    assert torch.equal(a.means_, b.means_) and torch.equal(a.covariances_, b.covariances_)
+
+
+@pytest.mark.parametrize('offset', [0., 1e3, 1e6])
+@pytest.mark.parametrize('width', [1e-3, 1., 30.])
+def test_offsets_and_narrow_clusters_in_float32(offset, width, large):
+    "Clusters up to a thousand of their own widths apart; what the offset has left of them is given."
+    c = 10*torch.randn(4, 6, generator=rng(3))
+    x = (c.repeat_interleave(500, 0) + width*torch.randn(2000, 6, generator=rng(4)) + offset).float()
+    a, b = (GaussianMixture(4, tol=0, max_iter=5, random_state=0, reg_covar=1e-9).fit(v) for v in (x, x.double()))
+    assert torch.allclose(a.covariances_, b.covariances_, rtol=2e-3, atol=1e-8) and a.lower_bound_ == pytest.approx(b.lower_bound_, abs=2e-2)
+    assert torch.allclose(a.means_, b.means_, atol=1e-5 + 1e-4*width)
+
+
+def test_variances_of_nothing_stay_at_reg_covar_in_float32(large):
+    x = (1e3*torch.randn(2, 3, generator=rng(0))).repeat_interleave(700, 0)
+    s = GaussianMixture(2, reg_covar=1e-12, random_state=0).fit(x).covariances_
+    assert torch.allclose(s, torch.full_like(s, 1e-12), rtol=1e-6)
+
+
+def test_a_start_from_a_sample_is_no_worse_than_scikit_learns(monkeypatch):
+    monkeypatch.setattr('cem_nb.mixture.SAMPLE', 40)
+    x = float32_blobs(4000, 6, 8)
+    ours = [GaussianMixture(8, random_state=s).fit(x).lower_bound_ for s in range(5)]
+    theirs = [SkMixture(8, covariance_type='diag', random_state=s).fit(x.numpy()).lower_bound_ for s in range(5)]
+    assert np.mean(ours) > np.mean(theirs) - 0.01

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from cem_nb.core import NonNegative, Record
@@ -44,3 +46,21 @@ def test_rows_are_the_papers_and_lam_zero_leaves_those_without_cem():
     assert [(a.name, a.restarts) for a in base.attacks] == [('decoder', 3), ('oracle', 1)]
     assert (base.data.dataset, base.data.image_size, base.model.noise_std, base.preset) == ('folder:x', 48, 0.1, 'quick')
     assert {base.replace(**r).row for r in rows} >= {'No_defense', 'PATROL+CEM'}
+
+
+@pytest.mark.parametrize('bad', [dict(seeds=[[0, 1]]), dict(methods=[['Bottleneck']]), dict(seeds={'a': 1}), dict(seeds='0_1'),
+                                 dict(seeds=2**63), dict(seeds=True)])
+def test_values_in_values_and_numbers_as_python_writes_them_are_refused(bad):
+    with pytest.raises(ParameterError, match=next(iter(bad))) as e: read_parameters(bad)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_where_results_cannot_be_saved_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    (tmp_path/'file').write_text('')
+    for place in (tmp_path/'file', tmp_path/'file'/'below'):
+        monkeypatch.setenv('CEM_RESULTS', str(place))
+        with pytest.raises(ParameterError, match='results cannot be saved.*set CEM_RESULTS'): read_parameters({})
+    monkeypatch.setenv('CEM_RESULTS', str(tmp_path/'new'/'folder'))
+    assert read_parameters({}) == TableParameters() and not (tmp_path/'new').exists()
+    monkeypatch.setattr(os, 'access', lambda *a: False)
+    with pytest.raises(ParameterError, match='cannot be written to'): read_parameters({})

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from cem_nb.core import results_dir
-from cem_nb.parameters import TableParameters
+from cem_nb.parameters import ParameterError, TableParameters
 from cem_nb.results import committed, read_result, save, stem, table_result
 from cem_nb.store import SCHEMA, RunError
 
@@ -73,3 +73,21 @@ def test_a_result_of_another_schema_is_not_shown(monkeypatch, tmp_path, capsys):
         assert committed('table1_x') is None and 'not shown' in capsys.readouterr().out
     FRAME.assign(schema=SCHEMA).to_csv(tmp_path/'table1_x.csv', index=False)
     assert committed('table1_x') is not None
+
+
+def test_a_name_is_cut_by_bytes_and_what_cannot_be_written_says_why(monkeypatch):
+    p = TableParameters(dataset='folder:/tmp/x/' + '数据'*20, seeds=[*range(60)], lam=4.0)
+    name = stem('table1', p)
+    assert len(name.encode()) <= 160 and '\ufffd' not in name
+    assert save('table1', p, FRAME)[0].is_file()
+    import cem_nb.results as results
+    def refuse(number):
+        def write(*a): raise OSError(number, 'what the system says')
+        return write
+    for number, remedy in ((28, 'free some space'), (36, 'choose shorter names'), (13, 'see that you may write there'), (30, 'see that you may')):
+        monkeypatch.setattr(results, 'write_whole', refuse(number))
+        with pytest.raises(RunError, match=remedy): save('table1', TableParameters(), FRAME)
+
+
+def test_what_was_not_committed_is_asked_for_in_vain_at_once():
+    with pytest.raises(ParameterError, match='no result of this notebook came with'): table_result('table1', TableParameters(dataset='committed'))

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.oracle import Oracle
 from cem_nb.runs import export_table, main, prunable, run_table, stored_runs, verify
-from cem_nb.store import RunError, run, write_then_rename
+from cem_nb.store import RunError, attack_folders, open_run, run, stored_attacks, write_then_rename
 from cem_nb.sweep import sweep
 from cem_nb.training import DivergedError
 
@@ -142,14 +143,14 @@ def test_a_run_that_is_being_attacked_is_not_removed(store):
 
 @pytest.mark.parametrize('why', ['schema', 'disk'])
 def test_what_is_whole_and_cannot_be_read_is_not_damaged(monkeypatch, why):
-    import cem_nb.store
+    import cem_nb.files, cem_nb.store
     name = run(TINY).path.name
     if why == 'schema': monkeypatch.setattr(cem_nb.store, 'SCHEMA', cem_nb.store.SCHEMA + 1)
     else:
         def busy(*a): raise OSError(24, 'Too many open files')
-        monkeypatch.setattr(cem_nb.store, 'read_sealed', busy)
+        for module in (cem_nb.files, cem_nb.store): monkeypatch.setattr(module, 'read_sealed', busy)
     assert list(stored_runs().state) == ['unknown'] and main(['runs', 'show', name]) == 1
-    if why == 'schema': assert prunable(['damaged']) == []
+    assert prunable(['damaged']) == []
 
 
 def test_an_attack_that_is_not_imported_stops_nothing(store, monkeypatch):
@@ -217,4 +218,56 @@ def test_the_command_is_installed():
 
 def test_an_empty_store(capsys):
     assert main(['runs', 'list']) == 0 and 'no runs in' in capsys.readouterr().out
-    assert verify() == {} and len(run_table()) == 0
+    for words in (['verify'], ['export', 'x.csv'], ['prune', 'damaged']):
+        assert main(['runs', *words]) == 1 and 'there is no store at' in capsys.readouterr().err
+
+
+def test_a_store_without_finished_runs_exports_nothing(tmp_path, capsys):
+    runs_dir().mkdir(parents=True)
+    (tmp_path/'last.csv').write_text('what was exported last')
+    assert main(['runs', 'export', str(tmp_path/'last.csv')]) == 1 and 'no finished run' in capsys.readouterr().err
+    assert (tmp_path/'last.csv').read_text() == 'what was exported last' and main(['runs', 'verify']) == 0
+    assert '0 runs read in' in capsys.readouterr().out
+
+
+def test_folders_of_others_are_left_alone(store):
+    ours = runs_dir()/store['finished']
+    for folder in (runs_dir()/'holiday_photos', ours/'my_notes', runs_dir()/'a-s1-notes'): (folder/'deep').mkdir(parents=True)
+    assert not any('notes' in str(p) or 'photos' in str(p) for p in prunable(['damaged', 'stopped', 'diverged']))
+    assert len(stored_runs()) == 4 and set(verify()) == {store['damaged']}
+    assert open_run(store['finished']).result and store['finished'] in set(run_table().run)
+
+
+def test_a_run_without_digests_may_be_of_an_earlier_version(store):
+    (runs_dir()/store['finished']/'digests.json').unlink()
+    assert store['finished'] in verify() and [p.name for p in prunable(['damaged'])] == [store['damaged']]
+
+
+def test_a_foreign_attack_is_found_behind_a_newer_one_of_its_name():
+    path = run(TINY).path
+    exchanged(path)
+    assert len(verify()) == 1
+    run(TINY.replace(decoder__width=9))
+    assert len(verify()) >= 1 and prunable(['damaged'])
+
+
+def test_the_newest_attack_is_the_one_computed_last_whatever_a_copy_did_to_the_times():
+    path = run(TINY).path
+    time.sleep(1.1)
+    run(TINY.replace(decoder__width=9))
+    assert stored_attacks(path)['decoder']['width'] == 9
+    old, = (p for p in attack_folders(path) if attack_width(p) == 8)
+    os.utime(old, (time.time(), time.time() + 100))
+    assert stored_attacks(path)['decoder']['width'] == 9
+
+
+def attack_width(folder): return json.loads((folder/'config.json').read_text())['attack'].get('width')
+
+
+def test_one_odd_result_stops_no_list(store):
+    folder = runs_dir()/store['finished']
+    from cem_nb.files import write_sealed
+    files = {name: (folder/name).read_bytes() for name in ('weights.safetensors', 'config.json')}
+    write_sealed(folder, files | {'result.json': b'[]'})
+    assert len(stored_runs()) == 4
+    with pytest.warns(UserWarning, match='is left out'): assert store['finished'] not in set(run_table().get('run', ()))

@@ -17,16 +17,18 @@ import cem_nb.store as store
 import cem_nb.training as training
 from cem_nb.attack import ATTACKS, AttackDivergedError, score_attack
 from cem_nb.core import provenance, runs_dir
+from cem_nb.data import DataError
 from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.defense import DEFENSES, Method
+from cem_nb.engine import pick_device
 from cem_nb.experiment import Experiment
 from cem_nb.files import write_sealed
 from cem_nb.gan import GAN
 from cem_nb.models import NETWORKS, Network
 from cem_nb.oracle import Oracle
 from cem_nb.runs import verify
-from cem_nb.store import RunError, open_run, pick_device, run, run_path
+from cem_nb.store import RunError, open_run, run, run_path
 from cem_nb.sweep import measured
 from cem_nb.training import DivergedError
 
@@ -59,12 +61,12 @@ def test_runs_differ_when_settings_or_pixels_do(monkeypatch):
     paths = {one(**k).path.name for k in (dict(), dict(seed=1), dict(noise_std=0.1), dict(cem=True))}
     assert len(paths) == 4 and sum(p.startswith('Bottleneck+CEM-s0-') for p in paths) == 1
     assert one(decoder__width=4).path.name in paths  # an attack has no part in it
-    real = store.load_data
+    real = store.shared_data
     def altered(**k):
         d = real(**k)
         x = d.train.x.clone(); x[0, 0, 0, 0] += 1
         return replace(d, train=replace(d.train, x=x))
-    monkeypatch.setattr(store, 'load_data', altered)
+    monkeypatch.setattr(store, 'shared_data', altered)
     assert one().path.name not in paths
 
 
@@ -388,3 +390,100 @@ def test_what_a_kill_right_after_the_rename_leaves_is_removed_by_the_next_start(
     strays = [run.path/'checkpoint.pt', run.path/'checkpoint.pt.0123.tmp', attacked(run)/'checkpoint-0.pt']
     for p in strays: p.write_bytes(b'x')
     assert not one().new and not any(p.exists() for p in strays)
+
+
+def stopped(epochs, **settings):
+    "The folder of a run that was stopped after so many epochs."
+    class Stop(Exception): pass
+    def dying(label, n):
+        if n == epochs: raise Stop
+    from cem_nb.loop import Progress
+    Progress.listeners.append(dying)
+    try:
+        with pytest.raises(Stop): one(**settings)
+    finally: Progress.listeners.remove(dying)
+    return max(runs_dir().glob('*.part'), key=lambda p: p.stat().st_mtime)
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_begun_again(monkeypatch):
+    import cem_nb.loop as loop
+    part = stopped(3, epochs=4)
+    def busy(path): raise OSError(24, 'Too many open files')
+    with monkeypatch.context() as m:
+        m.setattr(loop, 'read_stamped', busy)
+        with pytest.raises(RunError, match='cannot be read just now.*nothing is wrong'): one(epochs=4)
+    assert loop.epochs_in(part/'checkpoint.pt') == 3
+    resumed = one(epochs=4)
+    assert resumed.result['resumed'] and len(resumed.result['curves']) == 4
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from():
+    theirs = stopped(2, epochs=4, lr=0.05)
+    data = store.data_on(TINY.data, torch.device('cpu'))[1]
+    mine = run_path(TINY.replace(epochs=4, seed=1, attacks=()), data)
+    theirs.rename(mine.with_name(mine.name + '.part'))
+    with pytest.warns(UserWarning, match='of another training.*starting from the first epoch'): got = one(epochs=4, seed=1, attacks=()).model().state_dict()
+    shutil.rmtree(mine)
+    clean = one(epochs=4, seed=1, attacks=()).model().state_dict()
+    assert all(torch.equal(got[k], clean[k]) for k in clean)
+
+
+def test_a_damaged_checkpoint_is_put_aside(monkeypatch):
+    part = stopped(1, epochs=3, attacks=())
+    with (part/'checkpoint.pt').open('ab') as f: f.write(b'x')
+    with pytest.warns(UserWarning, match='starting from the first epoch'): stopped(2, epochs=3, attacks=())
+    assert (part/'checkpoint.bad').is_file()
+    assert not [*one(epochs=3, attacks=()).path.glob('checkpoint*')]
+
+
+def test_weights_that_memory_lacks_are_not_said_to_misfit(monkeypatch):
+    r = one()
+    def full(data): raise MemoryError('Unable to allocate 123 MiB')
+    monkeypatch.setattr(store.safetensors, 'load', full)
+    with pytest.raises(MemoryError): r.model()
+
+
+def test_a_run_is_opened_where_its_images_are_now(tmp_path, monkeypatch):
+    for part, c, i in ((p, c, i) for p in ('train', 'test') for c in 'ab' for i in range(12)):
+        path = tmp_path/'first'/part/c/f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (16, 16), (9*i, 50*(c == 'a'), 100*(part == 'test'))).save(path)
+    e = Experiment(attacks=(DECODER,)).replace(dataset=f'folder:{tmp_path}/first', width=0.125, epochs=1, batch_size=8, lr=0.02)
+    name = run(e).path.name
+    (tmp_path/'first').rename(tmp_path/'second')
+    moved = e.replace(dataset=f'folder:{tmp_path}/second')
+    assert not run(moved).new
+    with pytest.raises(DataError, match='first does not exist'): open_run(name, e.attacks).examples(2)
+    assert open_run(name, e.attacks, moved.data).examples(2)[0].shape == (2, 3, 16, 16)
+
+
+def test_data_that_change_while_a_sweep_runs_stop_it():
+    with pytest.raises(DataError, match='changed since the sweep began'): run(TINY, expected='another')
+
+
+@pytest.mark.parametrize('variant, message', [('diag', '20 images for a mixture of 30 components'), ('release', 'class . has . images for 5 clusters')])
+def test_too_few_images_for_the_mixture_are_noticed_before_anything_is_trained(variant, message, monkeypatch):
+    monkeypatch.setattr(store, 'train', never)
+    with pytest.raises(ValueError, match=message): one(n_train=22, val_frac=0.1, cem=True, variant=variant)
+
+
+def test_a_file_where_an_attack_belongs_is_noticed_before_the_sweep():
+    r = one()
+    attack, = store.attack_folders(r.path)
+    shutil.rmtree(attack)
+    attack.write_text('')
+    data = store.data_on(TINY.data, torch.device('cpu'))[1]
+    with pytest.raises(RunError, match='is no folder'): store.check_stored(TINY, data)
+
+
+@pytest.mark.parametrize('name', ['Noise/Mine', 'Bottleneck+CEM', '.hidden', 'a'*61, '', 'é'])
+def test_names_that_files_cannot_have_are_refused_where_they_are_given(name):
+    with pytest.raises(ValueError, match='cannot be called'): DEFENSES[name] = DEFENSES['Bottleneck']
+    assert name not in DEFENSES
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert pick_device('cuda:1').index == 1
+    with pytest.raises(RunError, match='there are 2 CUDA devices'): pick_device('cuda:7')

@@ -211,3 +211,13 @@ def test_epochs_are_counted_and_a_stopped_pool_says_so():
     pool.stop()
     assert seen >= TINY.training.epochs
     with pytest.raises(RunError, match='stopped|died'): pool.outcome(TINY.replace(seed=2))
+
+
+def test_axes_without_values_are_refused():
+    for bad in (dict(seed=3), dict(arch='vgg11')):
+        with pytest.raises(ValueError, match='give its values in a list'): experiments(Experiment(), **bad)
+
+
+def test_validation_images_that_come_to_nothing_are_noticed_before_the_first_run(monkeypatch):
+    monkeypatch.setattr('cem_nb.sweep.Pool', None)
+    with pytest.raises(ValueError, match='there are no validation images'): sweep(TINY.replace(n_train=10, val_frac=0.0), test=False)
