@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'TINY', 'Source', 'dataset', 'shared_data', 'load_data']
 
 # %% ../nbs/1_base/07_datasets.ipynb #cbe495cb
-import hashlib, math, os, unicodedata, warnings
+import hashlib, os, unicodedata, warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pydantic import Field
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from .core import Count, Registry, data_dir, number, project_dir, register, whole
+from .core import Count, Registry, data_dir, project_dir, register
 from .data import Augment, ImageData, Split, split_train, take
 from .files import state_of
 from .images import ENDINGS, MAX_TOTAL, DataError, decode_all, image_files, in_words, listing, subfolders
@@ -33,7 +33,9 @@ def _warn_of_twins(files: list[Path], x: Tensor, y: Tensor, n: int):
         if j < n <= i: in_both.append((j, i))
         if y[j] != y[i]: in_two.append((j, i))
     for pairs, what in ((in_both, 'test images are among the training images'), (in_two, 'images are under two labels')):
-        if pairs: warnings.warn(f'{len(pairs)} {what}, such as {" and ".join(str(files[i]) for i in pairs[0])}; remove one of each', stacklevel=2)
+        if not pairs: continue
+        example = ' and '.join(str(files[i]) for i in pairs[0])
+        warnings.warn(f'{len(pairs)} {what}, such as {example}; remove one of each', stacklevel=2)
 
 
 def _from_lists(train: list[tuple[Path, int]], test: list[tuple[Path, int]], size: int | None) -> tuple[Split, Split]:
@@ -257,8 +259,8 @@ def shared_data(dataset: str, n_train: int | None, val_frac: float, image_size: 
     if not isinstance(dataset, str): raise DataError(f'the data set is {dataset!r}; give a name, or folder:PATH, as a text')
     if image_size is not None and (type(image_size) is not int or image_size < 8 or image_size % 4):
         raise DataError(f'image_size is {image_size!r}; give a multiple of 4, at least 8')
-    if n_train is not None: whole(n_train=n_train)
-    number(val_frac=val_frac, below=math.nextafter(0.5, 1))
+    for name, value in dict(n_train=n_train, val_frac=val_frac).items():
+        if isinstance(value, str | bool) or value is None and name == 'val_frac': raise DataError(f'{name} is {value!r}; give a number')
     source = DATASETS[dataset] if dataset in DATASETS else None
     state = _state(dataset, source)
     return (_loaded if state else _loaded.__wrapped__)(source, state, dataset, n_train, val_frac, image_size)

@@ -147,7 +147,10 @@ def reading(folder: Path):
 
 def read_record(folder: Path, name: str) -> dict:
     "A JSON file of a sealed folder. Raises `RunError`."
-    with reading(folder): return json.loads(read_sealed(folder/f'{name}.json'))
+    with reading(folder):
+        found = json.loads(read_sealed(folder/f'{name}.json'))
+        if isinstance(found, dict): return found
+        raise DamagedError(f'{folder/name}.json is not as it was written')
 
 
 def _lock(final: Path) -> FileLock:

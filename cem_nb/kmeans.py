@@ -56,16 +56,15 @@ LARGE = 2**24  # numbers in features from which on float32 stays float32
 def centred(
     x: Tensor,  # finite features [N, m]
 ) -> tuple[Tensor, Tensor]:
-    """Rows about their mean, and the mean in float64. The rows are in float64 too, or in float32 where they come in it or in less,
-    there are `LARGE` numbers or more, and none is a thousand standard deviations out: then what lies below 1e-7 of a feature's
-    spread is lost."""
+    """Rows about their mean, in float64, and the mean. Where they come in float32 or in less and there are `LARGE` numbers or more,
+    they stay in float32, about the median of some of them; of a cluster that lies elsewhere, what is below 1e-7 of its distance
+    is then lost."""
+    if x.dtype != torch.float64 and x.numel() >= LARGE:
+        shift = x[::max(1, len(x)//4096)].float().median(0).values
+        near = x.float() - shift
+        if max(b.abs().max() for b in blocks(near)) < 1e12: return near, shift.double()  # else a square could overflow
     shift = block_sums(lambda b: b.sum(0, dtype=torch.float64), x)/len(x)
-    if x.dtype == torch.float64 or x.numel() < LARGE: return x.double() - shift, shift
-    near = x.float() - shift.float()
-    spread = (block_sums(lambda b: b.square().sum(0, dtype=torch.float64), near)/len(x)).sqrt()
-    far = torch.stack([b.abs().amax(0) for b in blocks(near)]).amax(0)
-    if not ((far <= 1e3*spread) & (far < 1e12)).all(): return x.double() - shift, shift  # nor may a square overflow
-    return near, shift.float().double()
+    return x.double() - shift, shift
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #f31cbbe3
 def same_width(

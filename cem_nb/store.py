@@ -119,11 +119,12 @@ def _config(folder: Path, name_of: Callable[[dict], str]) -> dict:
 
 
 def _restore(module: nn.Module, folder: Path, device) -> nn.Module:
-    with reading(folder): tensors = safetensors.load(read_sealed(folder/WEIGHTS))
-    sizes = lambda of: {k: tuple(v.shape) for k, v in of.items() if isinstance(v, Tensor)}
-    if odd := sizes(tensors).items() ^ sizes(module.state_dict()).items():
-        raise RunError(f'{folder/WEIGHTS} does not fit ({min(odd)[0]} differs); remove {folder} and start again')
-    module.load_state_dict(tensors)
+    with reading(folder): data = read_sealed(folder/WEIGHTS)
+    try: module.load_state_dict(safetensors.load(data))
+    except (MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e:  # weights of another network fail in many ways, and each means the same
+        if 'alloc' in str(e): raise MemoryError(f'{folder/WEIGHTS} takes more memory than there is ({e})') from None
+        raise RunError(f'{folder/WEIGHTS} does not fit ({e}); remove {folder} and start again') from None
     return module.to(device).eval()
 
 # %% ../nbs/5_run/03_store.ipynb #58a1427e

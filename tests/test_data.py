@@ -348,7 +348,7 @@ def test_a_loader_of_tuples_or_without_test_images_of_a_class(monkeypatch):
 
 
 @pytest.mark.parametrize('bad', [dict(image_size=16.0), dict(image_size='16'), dict(image_size=True), dict(n_train='100'), dict(val_frac=None),
-                                 dict(dataset=Path('digits')), dict(val_frac=0.6), dict(image_size=400_000)])
+                                 dict(dataset=Path('digits')), dict(image_size=400_000)])
 def test_arguments_of_a_wrong_kind(bad):
     with pytest.raises(ValueError, match=f'{"the data set" if "dataset" in bad else next(iter(bad))} is .*give '): load_data(**bad)
 

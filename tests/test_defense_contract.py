@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cem_nb.data
+import cem_nb.datasets
 from cem_nb.core import number, seeded
 from cem_nb.datasets import load_data
 from cem_nb.defense import ProxyDefense, defense
@@ -219,7 +220,8 @@ class TestDefense:
     def test_reads_no_data_but_the_batches(self, name, monkeypatch):
         def forbidden(*a, **k): raise AssertionError(f'{name} loads data')
         images, seen = load_data('digits', n_train=256).train, []
-        for reader in ('load_data', 'batches'): monkeypatch.setattr(cem_nb.data, reader, forbidden)
+        monkeypatch.setattr(cem_nb.datasets, 'load_data', forbidden)
+        monkeypatch.setattr(cem_nb.data, 'batches', forbidden)
         monkeypatch.setattr('builtins.open', forbidden)
         d, model, opt = build(name, params=ON)
         for method in ('step', 'loss'):

@@ -149,7 +149,7 @@ def test_runs_that_diverged():
     frame = made_up()
     frame.loc[(frame.panel == 'b') & (frame.curve == 'λ = 8'), 'mse_test_decoder'] = math.nan
     table = advantage_table(frame)
-    assert table.loc['b: λ = 8 over λ = 0'][::2].tolist() == ['no shared error', '+2.0 ± 0.0']
+    assert table.loc['b: λ = 8 over λ = 0'][::2].tolist() == ['diverged', '+2.0 ± 0.0']
     assert table.loc['b: λ = 8 over λ = 0', 'decoder, test images: points'] == '0 and 0'
     planes = [ax for ax in plot_figure4(frame).axes if ax.get_title().startswith('b')]
     assert [t.get_text() for t in planes[0].get_legend().get_texts()] == ['λ = 0']

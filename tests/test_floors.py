@@ -352,7 +352,7 @@ def test_errors_with_cem_alone(): assert plot_errors(runs_on(['with CEM']))[1]['
 
 
 def test_floors_that_lie_close_together():
-    frame = pd.DataFrame([dict(curve='with CEM', sigma=1.0 + i, mse_test_decoder=0.01*(1 + i), **{f'floor_{f}': e for f in FLOORS})
+    frame = pd.DataFrame([dict(curve='with CEM', seed=0, sigma=1.0 + i, mse_test_decoder=0.01*(1 + i), **{f'floor_{f}': e for f in FLOORS})
                           for i, e in enumerate((0.0025, 0.003, 0.004))])
     assert plot_errors(frame)[1]['huber'].n == 3
 

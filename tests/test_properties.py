@@ -141,7 +141,7 @@ def test_any_picture_is_what_its_file_says_upright_and_in_the_middle_of_the_squa
 def flat(v): return png(np.full((8, 8, 1), v, np.uint8))
 
 
-CLASSES = st.sampled_from(['a', 'B', 'd', '.git', 'é', 'a b'])
+CLASSES = st.sampled_from(['a', 'C', 'd', '.git', 'é', 'a b'])
 PARTS = st.sampled_from(['train', 'test'])
 NAMES = st.builds(str.__add__, st.text('aB.0é _-', max_size=3),
                   st.sampled_from(['.png', '.PNG', '.jpg', '.Jpeg', '.webp', '.txt', '', '.png.x'])).filter(lambda n: n.strip('.'))

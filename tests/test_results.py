@@ -76,7 +76,7 @@ def test_a_result_of_another_schema_is_not_shown(monkeypatch, tmp_path, capsys):
 
 
 def test_a_name_is_cut_by_bytes_and_what_cannot_be_written_says_why(monkeypatch):
-    p = TableParameters(dataset='folder:/tmp/x/' + '数据'*20, seeds=[*range(60)], lam=4.0)
+    p = TableParameters(dataset='folder:/x/' + '数据'*20, seeds=[*range(60)], lam=4.0)
     name = stem('table1', p)
     assert len(name.encode()) <= 160 and '\ufffd' not in name
     assert save('table1', p, FRAME)[0].is_file()
