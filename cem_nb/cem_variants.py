@@ -190,7 +190,8 @@ class ReleaseCEM(LetterCEM):
 
     def check_images(self, y):
         n, k = y.bincount(minlength=self.n_classes), self.n_components//self.n_classes
-        if n.min() < k: raise ValueError(f'class {n.argmin()} has {n.min()} images for {k} clusters; give more images, or lower n_components')
+        if n.min() < k:
+            raise ValueError(f'class {n.argmin()} has {n.min()} images for {k} clusters; give more images, or lower n_components')
 
     def estimate(self, z_hat, y, generator):
         "k-means within each class, from the last epoch's centres."

@@ -76,7 +76,8 @@ def _load_folder(path: str, size: int | None):
         if alike := _alike(list(map(Path, listing(root/part)))):
             raise DataError(f'{alike[0]} and {alike[1].name} differ in case or in how a letter is encoded only; rename one')
         if odd := [p for key, p in found[part].items() if key not in found[other]]:
-            raise DataError(f'{odd[0]} has no namesake under {root/other}' + f', nor have {len(odd) - 1} others'*(len(odd) > 1) + '; add or remove it')
+            more = f', nor have {len(odd) - 1} others'*(len(odd) > 1)
+            raise DataError(f'{odd[0]} has no namesake under {root/other}{more}; add or remove it')
     labels = {key: i for i, key in enumerate(found['train'])}
     lists = {part: [(f, labels[key]) for key, p in found[part].items() for f in image_files(p)] for part in ('train', 'test')}
     return [p.name for p in found['train'].values()], *_from_lists(lists['train'], lists['test'], size)
@@ -194,8 +195,8 @@ def _load_facescrub(size: int | None):
     if few := [p for p, files in zip(people, each) if len(files) < 2]:
         raise DataError(f'{few[0]} holds one image; an identity needs two or more: one for training, one for the test')
     if sum(map(len, each)) < 10*len(people):
-        raise DataError(f'{root} holds {sum(map(len, each))} images of {len(people)} identities; a tenth is kept for the test, so give ten or '
-                        'more for each on average')
+        raise DataError(f'{root} holds {sum(map(len, each))} images of {len(people)} identities; a tenth is kept for the test, so give '
+                        'ten or more for each on average')
     files = [(f, i) for i, files in enumerate(each) for f in files]
     full, _ = _from_lists(files, [], size or 48)
     test, train = take(full, round(0.1*len(full)), 0, 'test')
@@ -219,11 +220,12 @@ def _checked(dataset: str, s: Split, n_classes: int) -> Split:
 def _of_one_kind(dataset: str, classes: list[str], full: Split, test: Split):
     "Raise `DataError` for parts that do not fit, and warn of a class without test images."
     if full.x.shape[1:] != test.x.shape[1:]:
-        raise DataError(f'{dataset} has images of {list(full.x.shape[1:])} for training and {list(test.x.shape[1:])} for the test; give one shape')
+        raise DataError(f'{dataset} has images of {list(full.x.shape[1:])} for training and {list(test.x.shape[1:])} for the test; '
+                        'give one shape')
     if len(set(classes)) < len(classes): raise DataError(f'{dataset} has two classes of one name; rename one')
     if lacking := [c for i, c in enumerate(classes) if not (test.y == i).any()]:
-        warnings.warn(f'{dataset} has no test image of {", ".join(map(str, lacking[:5]))}{", ..."*(len(lacking) > 5)}; its scores are about '
-                      'the other classes', stacklevel=2)
+        few = ', '.join(map(str, lacking[:5])) + ', ...'*(len(lacking) > 5)
+        warnings.warn(f'{dataset} has no test image of {few}; its scores are about the other classes', stacklevel=2)
 
 
 def _read(dataset: str, image_size: int | None):

@@ -120,7 +120,8 @@ def _resume(checkpoint: Path | None, state: dict, history: list, n: int, device)
         history[:] = kept
         return len(history), seconds
     except (OSError, MemoryError, torch.OutOfMemoryError) as e:
-        raise RunError(f'checkpoint {checkpoint} cannot be read just now ({e}); start again when it can: nothing is wrong with it') from None
+        raise RunError(f'checkpoint {checkpoint} cannot be read just now ({e}); start again when it can: '
+                       'nothing is wrong with it') from None
     except Exception as e:  # a damaged or foreign file can fail in many ways, and each means the same
         with suppress(OSError): os.replace(checkpoint, checkpoint.with_suffix('.bad'))
         warnings.warn(f'checkpoint {checkpoint} cannot be used ({e}); starting from the first epoch')

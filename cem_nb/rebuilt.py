@@ -228,7 +228,8 @@ def figure5(
     "The table and the picture of what is rebuilt of the test images. Raises `ValueError` if there is nothing to show."
     base, device = figure5_base(p), pick_device(p.device)
     test = data_on(base.data, device)[0].test
-    found = rebuild(attacked_rows(frame, partial(open_run, attacks=base.attacks, data=base.data), p.attack, device), evenly_spaced(test, p.n_images))
+    opened = partial(open_run, attacks=base.attacks, data=base.data)
+    found = rebuild(attacked_rows(frame, opened, p.attack, device), evenly_spaced(test, p.n_images))
     places = even_places(len(test), p.n_images).tolist()
     found = found._replace(table=found.table.assign(image=[places[i] for i in found.table.image], n_images=len(places)))
     return with_runs(found, frame), plot_rebuilt(found, p.attack)

@@ -107,6 +107,7 @@ def table_result(
     committed_as: str = '',   # what the file that came with the repository begins with; what differs from the defaults follows
 ) -> pd.DataFrame | None:
     "The rows of a table: computed for a data set, or, for `dataset='committed'`, read; None if there is nothing to read."
-    if p.dataset == 'committed' and not committed_as: raise ParameterError("no result of this notebook came with the repository; give a data set")
+    if p.dataset == 'committed' and not committed_as:
+        raise ParameterError('no result of this notebook came with the repository; give a data set')
     if p.dataset == 'committed': return committed(stem(committed_as or name, p))
     return sweep(table_base(p), table_rows(p), device=p.device, backend=p.backend, n_jobs=p.n_jobs, seed=p.seeds)

@@ -177,7 +177,8 @@ def prunable(
         raise ValueError(f'{", ".join(sorted(odd))} cannot be pruned; choose among stopped, diverged, damaged')
     listed, root = stored_runs(), runs_dir()
     found = [root/name for name in listed.run[listed.state == 'diverged']] if 'diverged' in states else []
-    if 'damaged' in states: found += [root/place for name in _finished() for place, problems in _problems(name).items() if _damage(problems)]
+    for name in _finished() if 'damaged' in states else ():
+        found += [root/place for place, problems in _problems(name).items() if _damage(problems)]
     parts = [p for p in (*root.glob('*.part'), *root.glob('*/*.part')) if p.is_dir()] if 'stopped' in states else []
     found += [p for p in parts if not being_run(final_name(p))]
     return sorted(found)

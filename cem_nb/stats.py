@@ -75,7 +75,7 @@ def mean_interval(
 ) -> tuple[float, float]:
     "Mean, and half-width of Student's 95 % interval: nan for a single value."
     v = np.asarray(values, dtype=float)
-    if v.ndim != 1 or not len(v): raise ValueError(f'values of shape {v.shape} have no mean and interval; give at least one number, in a list')
+    if v.ndim != 1 or not len(v): raise ValueError(f'values of shape {v.shape} have no interval; give at least one number, in a list')
     if len(v) < 2: return v.mean(), math.nan
     return v.mean(), stats.t.ppf(0.975, len(v) - 1)*v.std(ddof=1)/math.sqrt(len(v))
 

@@ -7,13 +7,15 @@ import torch
 
 from cem_nb.core import number, stage_seed, whole
 
+NO_NUMBERS = [math.inf, math.nan, None, '1', True, np.True_, torch.tensor(True), np.ones(2), torch.ones(2), [1]]
 
-@pytest.mark.parametrize('bad', [math.inf, math.nan, None, '1', True, np.True_, torch.tensor(True), np.ones(2), torch.ones(2), [1], 1.5, -1])
+
+@pytest.mark.parametrize('bad', [*NO_NUMBERS, 1.5, -1])
 def test_what_is_no_whole_number_is_refused_by_the_settings_name(bad):
     with pytest.raises(ValueError, match='n is .*give a whole number >= 0'): whole(n=bad, least=0)
 
 
-@pytest.mark.parametrize('bad', [math.inf, math.nan, None, '1', True, np.True_, torch.tensor(True), np.ones(2), torch.ones(2), [1], -0.1])
+@pytest.mark.parametrize('bad', [*NO_NUMBERS, -0.1])
 def test_what_is_no_number_is_refused_by_the_settings_name(bad):
     with pytest.raises(ValueError, match='s is .*give a finite number >= 0'): number(s=bad)
 

@@ -312,9 +312,11 @@ def test_what_differs_in_case_or_encoding_only_is_named(tmp_path):
 def test_what_a_half_unpacked_folder_lacks_and_what_lies_beside_is_said(folder):
     shutil.copytree(folder/'train', folder/'val')
     write_image(folder/'train.png', (0, 0, 0))
-    with pytest.warns(UserWarning, match=r'2 left out \(1 x folder, 1 x .png\), for images lie in train/ and test/'): load_data(f'folder:{folder}')
+    said = r'2 left out \(1 x folder, 1 x .png\), for images lie in train/ and test/'
+    with pytest.warns(UserWarning, match=said): load_data(f'folder:{folder}')
     for c in ('emu', 'fox'): shutil.copytree(folder/'train'/'dog', folder/'train'/c)
-    with pytest.raises(DataError, match=r'emu has no namesake under .*test, nor have 1 others'), pytest.warns(UserWarning): load_data(f'folder:{folder}')
+    said = r'emu has no namesake under .*test, nor have 1 others'
+    with pytest.raises(DataError, match=said), pytest.warns(UserWarning): load_data(f'folder:{folder}')
 
 
 def test_pictures_that_are_in_both_parts_or_in_two_classes_are_counted(tmp_path):
@@ -332,7 +334,8 @@ def test_pictures_that_are_in_both_parts_or_in_two_classes_are_counted(tmp_path)
 
 @pytest.mark.parametrize('full, test, classes, message', [
     ((3, 16, 16), (3, 32, 32), 'ab', 'give one shape'), ((3, 16, 24), (3, 16, 24), 'ab', 'give square ones'),
-    ((3, 4, 4), (3, 4, 4), 'ab', 'of 8 or more'), ((3, 16, 16), (1, 16, 16), 'ab', 'give one shape'), ((3, 16, 16), (3, 16, 16), 'aa', 'two classes of one name')])
+    ((3, 4, 4), (3, 4, 4), 'ab', 'of 8 or more'), ((3, 16, 16), (1, 16, 16), 'ab', 'give one shape'),
+    ((3, 16, 16), (3, 16, 16), 'aa', 'two classes of one name')])
 def test_parts_that_do_not_fit_each_other(full, test, classes, message, monkeypatch):
     split = lambda shape: Split(torch.zeros(8, *shape, dtype=torch.uint8), torch.arange(8) % 2)
     monkeypatch.setitem(DATASETS, 'mine', Source(lambda size: ([*classes], split(full), split(test)), Augment(), None))
@@ -347,8 +350,8 @@ def test_a_loader_of_tuples_or_without_test_images_of_a_class(monkeypatch):
     with pytest.warns(UserWarning, match='no test image of c; its scores'): load_data('mine', val_frac=0)
 
 
-@pytest.mark.parametrize('bad', [dict(image_size=16.0), dict(image_size='16'), dict(image_size=True), dict(n_train='100'), dict(val_frac=None),
-                                 dict(dataset=Path('digits')), dict(image_size=400_000)])
+@pytest.mark.parametrize('bad', [dict(image_size=16.0), dict(image_size='16'), dict(image_size=True), dict(n_train='100'),
+                                 dict(val_frac=None), dict(dataset=Path('digits')), dict(image_size=400_000)])
 def test_arguments_of_a_wrong_kind(bad):
     with pytest.raises(ValueError, match=f'{"the data set" if "dataset" in bad else next(iter(bad))} is .*give '): load_data(**bad)
 

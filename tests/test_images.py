@@ -477,17 +477,19 @@ def test_metadata_that_cannot_be_read_are_none(junk, dpi):
 
 def test_texts_and_profiles_that_unpack_to_megabytes_are_not_unpacked():
     bomb = zlib.compress(bytes(2**26))
-    data = with_parts(PNG, chunk(b'zTXt', b'note\0\0' + bomb), chunk(b'iCCP', b'p\0\0' + bomb), chunk(b'zTXt', b'Raw profile type exif\0\0' + bomb),
-                      chunk(b'iTXt', b'XML:com.adobe.xmp\0\1\0\0\0' + bomb))
+    data = with_parts(PNG, chunk(b'zTXt', b'note\0\0' + bomb), chunk(b'iCCP', b'p\0\0' + bomb),
+                      chunk(b'zTXt', b'Raw profile type exif\0\0' + bomb), chunk(b'iTXt', b'XML:com.adobe.xmp\0\1\0\0\0' + bomb))
     began = time.process_time()
     assert np.array_equal(decode(data, 'x', None), decode(PNG, 'x', None)) and time.process_time() - began < 1
 
 
-@pytest.mark.parametrize('text', [b'tiff:Orientation="6"', b"tiff:Orientation='6'", b'tiff:Orientation = "6"', b'<tiff:Orientation>6</tiff:Orientation>'])
+@pytest.mark.parametrize('text', [b'tiff:Orientation="6"', b"tiff:Orientation='6'", b'tiff:Orientation = "6"',
+                                  b'<tiff:Orientation>6</tiff:Orientation>'])
 def test_the_orientation_of_xmp_counts_where_exif_has_none(text):
     want = decode(with_parts(PNG, chunk(b'eXIf', exif_of(struct.pack('<HHII', 0x0112, 3, 1, 6)))), 'x', None)
     assert not np.array_equal(want, decode(PNG, 'x', None))
-    packed = [chunk(b'iTXt', b'XML:com.adobe.xmp\0' + flags + b'\0\0' + body) for flags, body in ((b'\0\0', text), (b'\1\0', zlib.compress(text)))]
+    bodies = b'\0\0\0\0' + text, b'\1\0\0\0' + zlib.compress(text)
+    packed = [chunk(b'iTXt', b'XML:com.adobe.xmp\0' + body) for body in bodies]
     for part in packed: assert np.array_equal(decode(with_parts(PNG, part), 'x', None), want)
     raw = b'\nexif\n      26\n' + (b'Exif\0\0' + exif_of(struct.pack('<HHII', 0x0112, 3, 1, 6))).hex().encode()
     for part in (chunk(b'tEXt', b'Raw profile type exif\0' + raw), chunk(b'zTXt', b'Raw profile type exif\0\0' + zlib.compress(raw))):
@@ -515,7 +517,8 @@ def test_headers_that_are_no_headers():
     no_width = PNG[:16] + b'\0\0\0\0' + PNG[20:29] + struct.pack('>I', zlib.crc32(PNG[12:16] + b'\0\0\0\0' + PNG[20:29])) + PNG[33:]
     for data in (flat, no_width):
         with pytest.raises(DataError, match='a side has 0 pixels'): decode(data, 'x', None)
-    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4, 'P'); image.putpalette([0, 0, 0, 9, 9, 9, 99, 99, 99, 255, 0, 0])
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4, 'P')
+    image.putpalette([0, 0, 0, 9, 9, 9, 99, 99, 99, 255, 0, 0])
     image.save(file := BytesIO(), 'PNG')
     data = file.getvalue()
     start = data.index(b'PLTE') - 4

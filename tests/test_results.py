@@ -84,10 +84,11 @@ def test_a_name_is_cut_by_bytes_and_what_cannot_be_written_says_why(monkeypatch)
     def refuse(number):
         def write(*a): raise OSError(number, 'what the system says')
         return write
-    for number, remedy in ((28, 'free some space'), (36, 'choose shorter names'), (13, 'see that you may write there'), (30, 'see that you may')):
+    for number, remedy in ((28, 'free some space'), (36, 'choose shorter names'), (13, 'see that you may'), (30, 'see that you may')):
         monkeypatch.setattr(results, 'write_whole', refuse(number))
         with pytest.raises(RunError, match=remedy): save('table1', TableParameters(), FRAME)
 
 
 def test_what_was_not_committed_is_asked_for_in_vain_at_once():
-    with pytest.raises(ParameterError, match='no result of this notebook came with'): table_result('table1', TableParameters(dataset='committed'))
+    p = TableParameters(dataset='committed')
+    with pytest.raises(ParameterError, match='no result of this notebook came with'): table_result('table1', p)

@@ -423,9 +423,10 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from():
     data = store.data_on(TINY.data, torch.device('cpu'))[1]
     mine = run_path(TINY.replace(epochs=4, seed=1, attacks=()), data)
     theirs.rename(mine.with_name(mine.name + '.part'))
-    with pytest.warns(UserWarning, match='of another training.*starting from the first epoch'): got = one(epochs=4, seed=1, attacks=()).model().state_dict()
+    again = lambda: one(epochs=4, seed=1, attacks=()).model().state_dict()
+    with pytest.warns(UserWarning, match='of another training.*starting from the first epoch'): got = again()
     shutil.rmtree(mine)
-    clean = one(epochs=4, seed=1, attacks=()).model().state_dict()
+    clean = again()
     assert all(torch.equal(got[k], clean[k]) for k in clean)
 
 
@@ -462,7 +463,8 @@ def test_data_that_change_while_a_sweep_runs_stop_it():
     with pytest.raises(DataError, match='changed since the sweep began'): run(TINY, expected='another')
 
 
-@pytest.mark.parametrize('variant, message', [('diag', '20 images for a mixture of 30 components'), ('release', 'class . has . images for 5 clusters')])
+@pytest.mark.parametrize('variant, message', [('diag', '20 images for a mixture of 30 components'),
+                                              ('release', 'class . has . images for 5 clusters')])
 def test_too_few_images_for_the_mixture_are_noticed_before_anything_is_trained(variant, message, monkeypatch):
     monkeypatch.setattr(store, 'train', never)
     with pytest.raises(ValueError, match=message): one(n_train=20, val_frac=0.0, cem=True, variant=variant)

@@ -17,8 +17,8 @@ import cem_nb.tradeoff as tradeoff
 from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.methods import DEFENSES
-from cem_nb.tradeoff import (CEM_LOOKS, ROUNDING, advantage, advantage_text, advantages, comparable, curve_points, feature_noise, noise_axis,
-                             noise_rows, plane, plot_curve, plot_over_noise, sweep_curves)
+from cem_nb.tradeoff import (CEM_LOOKS, ROUNDING, advantage, advantage_text, advantages, comparable, curve_points, feature_noise,
+                             noise_axis, noise_rows, plane, plot_curve, plot_over_noise, sweep_curves)
 from cem_nb.training import DivergedError
 
 matplotlib.use('Agg')
@@ -125,7 +125,7 @@ def test_advantages_by_seed():
     known = found.dropna()
     half = stats.t.ppf(0.975, 2)*known.std(ddof=1)/math.sqrt(3)
     assert advantage_text(found) == f'{known.mean():+.1f} ± {half:.1f}, 1 of 6 seeds without a shared error, 2 of 6 seeds diverged'
-    assert advantage_text(found[:1]) == '+5.0' and advantage_text(found[3:]) == 'no shared error' and advantage_text(found[4:]) == 'diverged'
+    assert [advantage_text(part) for part in (found[:1], found[3:], found[4:])] == ['+5.0', 'no shared error', 'diverged']
     for pair in (('a', 'c'), ('c', 'a')):
         with pytest.raises(ValueError, match="no curve 'c'; choose from a, b"): advantages(frame, *pair, 'mse')
 
