@@ -22,7 +22,7 @@ from .backends import BACKENDS
 from .core import data_dir, of_this_package, runs_dir, whole
 from .datasets import DATASETS, load_data
 from .engine import pick_device
-from .experiment import DataSettings, Experiment
+from .experiment import Experiment
 from .files import BusyError
 from .store import SCHEMA, Run, RunError, check_sizes, check_stored, data_on, registered, run
 from .training import DivergedError
@@ -248,7 +248,8 @@ def sweep(
         placed = {settings: data_on(settings, torch.device('cpu')) for settings in {e.data for e in todo}}
         for e in todo: check_sizes(e, placed[e.data][0]), check_stored(e, placed[e.data][1])
         if not test and not all(len(d.val) for d, _ in placed.values()): raise ValueError('there are no validation images; raise val_frac')
-        compute, gpu = partial(_run_on, device=where, expected={s: f for s, (_, f) in placed.items()}), torch.device(where).type == 'cuda'
+        expected = {s.model_dump_json(): f for s, (_, f) in placed.items()}
+        compute, gpu = partial(_run_on, device=where, expected=expected), torch.device(where).type == 'cuda'
     if backend == 'here' or backend == 'loky' and (gpu or n_jobs == 1): backend, n_jobs = 'here', 1
     if backend != 'here' and not all(map(_of_this_package, todo)):
         print('a method of your own takes part, which other processes do not know: all runs are computed in this one')
@@ -262,7 +263,9 @@ def sweep(
     return pd.DataFrame([records[i] for i in range(len(points))])
 
 # %% ../nbs/5_run/04_sweep.ipynb #07987246
-def _run_on(e: Experiment, device: str, expected: dict[DataSettings, str]) -> Run: return run(e, pick_device(device), expected[e.data])
+def _run_on(e: Experiment, device: str, expected: dict[str, str]) -> Run:
+    "`expected`: the fingerprint of the data that each settings in JSON stood for when the sweep began."
+    return run(e, pick_device(device), expected[e.data.model_dump_json()])
 
 
 def result_row(

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -221,3 +222,12 @@ def test_axes_without_values_are_refused():
 def test_validation_images_that_come_to_nothing_are_noticed_before_the_first_run(monkeypatch):
     monkeypatch.setattr('cem_nb.sweep.Pool', None)
     with pytest.raises(ValueError, match='there are no validation images'): sweep(TINY.replace(n_train=10, val_frac=0.0), test=False)
+
+
+def test_what_is_handed_to_workers_can_be_pickled(monkeypatch):
+    handed = []
+    class Caught(Exception): pass
+    def pool(compute, *rest): handed.append(compute); raise Caught
+    monkeypatch.setattr('cem_nb.sweep.Pool', pool)
+    with pytest.raises(Caught): sweep(TINY, n_jobs=2)
+    assert pickle.loads(pickle.dumps(handed[0])).keywords == handed[0].keywords
