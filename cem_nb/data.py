@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .core import only_bytes, whole
-from .images import DataError
+from .parts import DataError
 
 # %% ../nbs/1_base/06_data.ipynb #53ebbe63
 @dataclass(frozen=True)

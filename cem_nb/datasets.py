@@ -73,7 +73,7 @@ def _load_folder(path: str, size: int | None):
                       'belong to it', stacklevel=2)
     found = {part: {_key(p.name): p for p in subfolders(root/part, 'class')} for part in ('train', 'test')}
     for part, other in (('train', 'test'), ('test', 'train')):
-        if alike := _alike(list(map(Path, listing(root/part)))):
+        if alike := _alike(listing(root/part)):
             raise DataError(f'{alike[0]} and {alike[1].name} differ in case or in how a letter is encoded only; rename one')
         if odd := [p for key, p in found[part].items() if key not in found[other]]:
             more = f', nor have {len(odd) - 1} others'*(len(odd) > 1)
