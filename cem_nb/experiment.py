@@ -41,7 +41,8 @@ class TrainSettings(Record):
     gamma: Positive = 0.2                                # ... to this share of itself
     schedule: Literal['steps', 'onecycle'] = 'steps'     # onecycle: up to `lr` and down to 0 again; `drops` and `gamma` play no part
     nesterov: bool = False
-    later: ClassVar[tuple[str, ...]] = ('schedule', 'nesterov')
+    degrees: NonNegative | None = None                   # training images are rotated by up to this; None: as the data set says
+    later: ClassVar[tuple[str, ...]] = ('schedule', 'nesterov', 'degrees')
 
     def model_post_init(self, _):
         if self.nesterov and not self.momentum: raise ValueError('nesterov needs momentum; give a momentum > 0')
@@ -155,6 +156,9 @@ PRESETS['small'] = dict(
     n_train=10_000, width=0.25, epochs=12, lr=0.02,
     decoder__width=32, decoder__blocks=2, decoder__n_epochs=5, decoder__batch_size=128,
     gan__width=32, gan__blocks=2, gan__n_epochs=5, gan__batch_size=128, gan__critic_width=8)
+PRESETS['fast'] = dict(
+    val_frac=0.0, width=0.5, epochs=24, schedule='onecycle', nesterov=True, degrees=0.0, precision='bf16',
+    decoder__n_epochs=6, decoder__schedule='onecycle', gan__n_epochs=6, gan__schedule='onecycle')
 PRESETS['paper'] = dict(val_frac=0.0)
 
 # %% ../nbs/5_run/01_experiment.ipynb #d475942d
@@ -163,7 +167,7 @@ _PAPER_BATCH = {'tinyimagenet': 256, 'facescrub': 256}            # the authors'
 
 
 def preset(
-    name: PRESETS.Name,               # quick, small or paper
+    name: PRESETS.Name,               # quick, small, fast or paper
     attacks: tuple[Attack, ...] = (DecoderAttack(), GAN()),  # settings that they were made with win over the preset's
     **settings,                       # by name, as in `replaced`; so do these
 ) -> Experiment:

@@ -27,7 +27,7 @@ from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
 from .data import DataError, ImageData, to_float
 from .datasets import shared_data
-from .engine import using
+from .engine import EngineSettings, in_words, using
 from .experiment import DataSettings, Experiment, TrainSettings
 from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, being_run, check_free, drop_checkpoints, read_record,
                           read_sealed, reading, sealed_digests, write_sealed, write_then_rename, writing)
@@ -246,13 +246,14 @@ def _scores(data: ImageData, score) -> dict: return {k: score(s) for k in ('trai
 
 
 @contextmanager
-def _timed(part: Path, device: torch.device):
+def _timed(part: Path, device: torch.device, settings: EngineSettings):
     "Seconds in all sessions, whether there was more than one, and where; known at the end."
     checkpoints, start = [*part.glob('checkpoint*.pt')], time.perf_counter()
     earlier, made = sum(map(seconds_in, checkpoints)), {}
     yield made
-    made |= dict(seconds=time.perf_counter() - start + earlier, resumed=bool(checkpoints), **provenance(device),
-                 at=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    where = provenance(device)
+    made |= where | dict(hardware=where['hardware'] + in_words(settings, device), seconds=time.perf_counter() - start + earlier,
+                         resumed=bool(checkpoints), at=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 
 def _trained(e: Experiment, data: ImageData, checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -267,13 +268,13 @@ def _trained(e: Experiment, data: ImageData, checkpoint: Path) -> tuple[dict[str
 
 def _train_into(path: Path, e: Experiment, data: ImageData, fingerprint: str):
     with write_then_rename(path) as part:
-        with _timed(part, data.train.x.device) as made: weights, result = _trained(e, data, part/'checkpoint.pt')
+        with _timed(part, data.train.x.device, e.engine) as made: weights, result = _trained(e, data, part/'checkpoint.pt')
         _write(part, weights, result=result | made, config=_run_config(e, fingerprint))
 
 # %% ../nbs/5_run/03_store.ipynb #db7731be
 def _attack_into(path: Path, attack: Attack, e: Experiment, data: ImageData, model: SplitModel):
     with write_then_rename(path) as part:
-        with _timed(part, data.train.x.device) as made, using(e.engine):
+        with _timed(part, data.train.x.device, e.engine) as made, using(e.engine):
             attacker, record = best_of_restarts(
                 attack, model, data.train, data.val, seed=e.seed,
                 checkpoint_of=lambda r: part/f'checkpoint-{r}.pt', label=f'{e.row}, seed {e.seed}: {attack.label} attack')

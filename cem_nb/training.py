@@ -8,6 +8,7 @@ __all__ = ['lr_at', 'ramp_at', 'DivergedError', 'accuracy', 'build', 'build_cem'
 # %% ../nbs/5_run/02_training.ipynb #2e5c8350
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -112,16 +113,17 @@ def train_step(model: SplitModel, defense: Defense, cem: CEM | None, opt, x: Ten
 # %% ../nbs/5_run/02_training.ipynb #de591903
 def train_epoch(experiment: Experiment, data: ImageData, model, defense, cem, opt, epoch: int) -> dict[str, float]:
     "One epoch; the means of its steps. Raises `DivergedError` when the loss is no longer a number."
-    e, ramp, size = experiment, ramp_at(experiment, epoch), experiment.training.batch_size
+    e, t, ramp = experiment, experiment.training, ramp_at(experiment, epoch)
+    augment = data.augment if t.degrees is None else replace(data.augment, degrees=t.degrees)
     with _blaming_the_network(model, e, epoch):
         if ramp:
             with evaluating(model): cem.fit_encoder(model.encode, batches(data.train, 500))     # lines 4-5
         model.train()
         sums = torch.zeros(3, device=data.train.x.device)
-        for i, (x, y) in enumerate(batches(data.train, size, data.augment, shuffle=True)):
-            set_rates(dict(opt=opt), lr_at(e.training, epoch + (i + 0.5)/n_batches(data.train, size)))
+        for i, (x, y) in enumerate(batches(data.train, t.batch_size, augment, shuffle=True)):
+            set_rates(dict(opt=opt), lr_at(t, epoch + (i + 0.5)/n_batches(data.train, t.batch_size)))
             sums += train_step(model, defense, cem, opt, x.contiguous(memory_format=torch.channels_last), y, ramp)
-    defense.end_epoch(model, opt, (epoch + 1)/e.training.epochs)
+    defense.end_epoch(model, opt, (epoch + 1)/t.epochs)
     means = dict(zip(('loss', 'l_d', 'l_c'), (sums/(i + 1)).tolist()))
     if not math.isfinite(means['loss']):
         raise DivergedError(f'{e.row}: the loss is {means["loss"]} in epoch {epoch + 1}; lower lr or lam')

@@ -1,24 +1,35 @@
 "In which precision networks run, and what does not depend on it."
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from cem_nb import engine as engine_module
 from cem_nb.attack import score_attack, train_attack
 from cem_nb.cem import CEM
+from cem_nb.data import batches
 from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
 from cem_nb.defense import make_defense
-from cem_nb.engine import EngineSettings, can_compile, engine, networks, using
+from cem_nb.engine import EngineSettings, can_compile, engine, has_bf16, in_words, networks, using
 from cem_nb.experiment import Experiment
 from cem_nb.gan import GAN
 from cem_nb.loop import epochs, one_cycle
 from cem_nb.models import split_model
-from cem_nb.store import run_path
+from cem_nb.store import run, run_path
 from cem_nb.training import accuracy, lr_at, train
 
 BF16 = EngineSettings(precision='bf16')
-CPU = torch.device('cpu')
+CPU, HAS_BF16 = torch.device('cpu'), has_bf16
 TINY = Experiment().replace(width=0.125, epochs=3, batch_size=64, lr=0.02)
+
+
+@pytest.fixture(autouse=True)
+def bf16_everywhere(monkeypatch):  # put together from other instructions where the processor has none
+    monkeypatch.setattr(engine_module, 'has_bf16', lambda kind: True)
 
 
 @pytest.fixture(scope='module')
@@ -143,3 +154,34 @@ def test_where_nothing_can_be_compiled_a_warning_says_so_and_the_numbers_are_the
     can_compile.cache_clear()
     monkeypatch.undo()
     assert all(map(torch.equal, model.parameters(), train(TINY, digits)[0].parameters()))
+
+
+def test_where_bfloat16_is_missing_a_warning_says_so_and_the_run_keeps_that_it_was_float32(digits, monkeypatch):
+    monkeypatch.setattr(engine_module, 'has_bf16', HAS_BF16.__wrapped__)
+    monkeypatch.setattr(engine_module, 'PROCESSOR', Path('/dev/null'))
+    with pytest.warns(UserWarning, match='float32, for this cpu has no instructions for bfloat16'):
+        model, _ = train(TINY.replace(precision='bf16'), digits)
+    assert all(map(torch.equal, model.parameters(), train(TINY, digits)[0].parameters()))
+    with pytest.warns(UserWarning): assert in_words(BF16, CPU) == ''
+
+
+def test_a_processor_that_says_bfloat16_is_believed(tmp_path, monkeypatch):
+    for flags, has in (('fma avx2 avx512_bf16 sha', True), ('fphp asimdhp bf16', True), ('avx512f avx512_bf16x', False)):
+        (tmp_path/'cpuinfo').write_text(f'model name : x\nflags : {flags}\n')
+        monkeypatch.setattr(engine_module, 'PROCESSOR', tmp_path/'cpuinfo')
+        with nullcontext() if has else pytest.warns(UserWarning): assert HAS_BF16.__wrapped__('cpu') == has
+
+
+def test_a_run_keeps_the_precision_that_it_was_computed_in(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv('CEM_RUNS', str(tmp_path))
+    e = TINY.replace(epochs=1, n_train=256, attacks=())
+    exact, fast = (run(e.replace(precision=p)).result['hardware'] for p in ('float32', 'bf16'))
+    assert fast == exact + ', bf16'
+
+
+def test_training_images_are_rotated_by_what_the_settings_say(digits, monkeypatch):
+    seen = []
+    monkeypatch.setattr('cem_nb.training.batches', lambda s, n, augment=None, **how: seen.append(augment) or batches(s, n, augment, **how))
+    train(TINY.replace(epochs=1), digits), train(TINY.replace(epochs=1, degrees=3.0), digits)
+    usual, changed = [a for a in seen if a]
+    assert usual == digits.augment and changed == replace(usual, degrees=3.0) and usual.degrees not in (0, 3)

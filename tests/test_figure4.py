@@ -22,9 +22,9 @@ from test_tradeoff import Computed
 
 matplotlib.use('Agg')
 BASE = preset('quick', (DecoderAttack(),), dataset='digits')
-PARAMETERS = [Figure4Parameters(), Figure4Parameters(panels='b', lams='4', defense='Noise_ARL'),
+PARAMETERS = [Figure4Parameters(panels='a,b,c,d'), Figure4Parameters(panels='b', lams='4', defense='Noise_ARL'),
               Figure4Parameters(panels='c,d', cuts='2,5', strengths='16'),
-              Figure4Parameters(noise_stds='0.05,0.1,0.2', lam=8.0, lams='0,8', alone='0.1,0.4', seeds='0,1')]
+              Figure4Parameters(panels='a,b,c,d', noise_stds='0.05,0.1,0.2', lam=8.0, lams='0,8', alone='0.1,0.4', seeds='0,1')]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_what_the_panels_turn():
 def test_the_default_cut_is_left_as_it_is():
     "So its runs are those of the other panels, and of Table 1."
     cut = NETWORKS[ModelSettings().arch].cut
-    by = {f'{c.panel}: {c.label}': c for c in figure4_curves(Figure4Parameters(noise_stds='0.1'))}
+    by = {f'{c.panel}: {c.label}': c for c in figure4_curves(Figure4Parameters(panels='a,b,c,d', noise_stds='0.1'))}
     assert by[f'c: cut {cut}'].rows == by['a: Noise_Nopeek'].rows and by[f'c: cut {cut}+CEM'].rows == by['b: λ = 16'].rows
     assert [r.get('cut') for c in (1, 2, 3) for r in by[f'c: cut {c}'].rows] == [c if c != cut else None for c in (1, 2, 3)]
     t = TableParameters(preset='quick', attacks='decoder', noise_std=0.025)

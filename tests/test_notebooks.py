@@ -19,7 +19,7 @@ TABLES = {int(m[1]): p for p in NOTEBOOKS if (m := re.search(r'_table([1-9])$', 
 # papermill of the README runs Table 1 as it is; here it and one other run on a folder of images, and so do the studies
 PARAMETERS = {'12_table9': dict(methods='PATROL,Bottleneck', width=0.25, batch_size=8, repeats=1),
               '13_figure3': dict(noise_stds='0.05,0.2', seeds='0'),
-              '14_figure4': dict(alone='0.05,0.2', strengths='0,16', cuts='1,2', lams='0,8'),
+              '14_figure4': dict(panels='a,b,c,d', alone='0.05,0.2', strengths='0,16', cuts='1,2', lams='0,8'),
               '15_figure5': dict(methods='Bottleneck'), '16_playground': dict(lams='0,16', cuts='2'),
               '17_lambda': dict(settings='', seeds='0', lams='16,64', balances='3,10'),
               '18_at_scale': dict(methods='Bottleneck', lengths='2,16'),
