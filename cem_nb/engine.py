@@ -123,10 +123,8 @@ _FLAGS = {'avx512_bf16', 'amx_bf16', 'bf16'}  # of processors by Intel and AMD, 
 @cache
 def has_bf16(kind: str) -> bool:  # cpu or cuda
     "Whether the processor has instructions for bfloat16."
-    if kind == 'cuda': found = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: found = PROCESSOR.exists() and not _FLAGS.isdisjoint(PROCESSOR.read_text().split())
-    if not found: warnings.warn(f'networks are computed in float32, for this {kind} has no instructions for bfloat16')
-    return found
+    if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return PROCESSOR.exists() and not _FLAGS.isdisjoint(PROCESSOR.read_text().split())
 
 # %% ../nbs/1_base/08_engine.ipynb #1b9e244f
 def networks(
@@ -144,7 +142,10 @@ def _as_set(net: nn.Module, settings: EngineSettings, device: torch.device) -> C
         with torch.autocast(device.type, torch.bfloat16): out = plain(*tensors)
         return out.float()
 
-    fast = cast if settings.precision == 'bf16' and has_bf16(device.type) else plain
+    fast = plain
+    if settings.precision == 'bf16':
+        if has_bf16(device.type): fast = cast
+        else: warnings.warn(f'networks are computed in float32, for this {device.type} has no instructions for bfloat16')
     if settings.compile and getattr(net, 'compiled', True) and can_compile(str(device)): fast = torch.compile(fast)
     return lambda *tensors: (fast if torch.is_grad_enabled() else plain)(*tensors)
 

@@ -179,7 +179,7 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda d: f'stream of {d}')
     def call(): now[0] += 250.0
-    assert cost._seconds([call, call], torch.device('cuda', 0), 1, 3).tolist() == [[0.25, 0.25]]*3
+    assert cost.side_by_side([call, call], torch.device('cuda', 0), 1, 3).tolist() == [[0.25, 0.25]]*3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

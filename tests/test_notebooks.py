@@ -21,10 +21,10 @@ PARAMETERS = {'12_table9': dict(methods='PATROL,Bottleneck', width=0.25, batch_s
               '13_figure3': dict(noise_stds='0.05,0.2', seeds='0'),
               '14_figure4': dict(panels='a,b,c,d', alone='0.05,0.2', strengths='0,16', cuts='1,2', lams='0,8'),
               '15_figure5': dict(methods='Bottleneck'), '16_playground': dict(lams='0,16', cuts='2'),
-              '17_lambda': dict(settings='', seeds='0', lams='16,64', balances='3,10'),
+              '21_lambda': dict(settings='', seeds='0', lams='16,64', balances='3,10'),
               '18_at_scale': dict(methods='Bottleneck', lengths='2,16'),
               '19_settings': {}}
-ON_IMAGES = '13_figure3', '14_figure4', '15_figure5', '16_playground', '17_lambda', '18_at_scale', '19_settings'
+ON_IMAGES = '13_figure3', '14_figure4', '15_figure5', '16_playground', '21_lambda', '18_at_scale', '19_settings'
 pytestmark = pytest.mark.slow
 
 
