@@ -268,7 +268,7 @@ def _equations(ax: plt.Axes, size: dict[str, str]):
     texts = (batch_moments, rf'nearest $\mu_j$: {assign.__name__}', r'$n_j$, $\Delta\Sigma_j$ of the batch'), \
         (eq5, r'$\pi_j \leftarrow \dfrac{\pi_j(N - N_{batch}) + n_j}{N}$'), \
         (eq6, r'$\Sigma_j \leftarrow (1 - a_j)\Sigma_j + a_j\Delta\Sigma_j$', r'$a_j = n_j/(\pi_j N)$'), \
-        (eq7, r'$L_C = \Sigma_j\ \pi_j(-\log\pi_j$', r'$+\ \log(|\Sigma_j + \Sigma_p|/|\Sigma_p|)/2)$')
+        (eq7, r'$L_C = \sum_j\ \pi_j(-\log\pi_j$', r'$+\ \log(|\Sigma_j + \Sigma_p|/|\Sigma_p|)/2)$')
     for x, (f, *lines) in zip(_COLUMNS, texts): _box(ax, (x, y), w, h, blue, f.__name__, *lines)
     for left, right, names in zip(_COLUMNS, _COLUMNS[1:], (('$n$', 'n'), (r'$\pi$', 'pi'), (r'$\pi$, $\Sigma$', 'Sigma'))):
         _arrow(ax, (left + w/2, y), (right - w/2, y), color=blue)

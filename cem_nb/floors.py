@@ -206,6 +206,9 @@ def _fitted(ax: plt.Axes, floor: pd.Series, mse: pd.Series) -> Fit:
     return fit
 
 
+def _give_or_take(value: float, half: float) -> str: return f'{value:.1f}' + ('' if math.isnan(half) else f' ± {half:.1f}')
+
+
 def _floor_axis(ax: plt.Axes):
     "The floor above the entropy, and the line on which the error is the floor."
     ends = np.array(ax.get_xlim())
@@ -213,7 +216,7 @@ def _floor_axis(ax: plt.Axes):
     ax.set(xlim=ends, yscale='log')
     top = ax.secondary_xaxis('top', functions=(floor_of, lambda f: entropy_of(np.clip(f, 1e-300, None))))
     low, high = floor_of(ends)
-    ticks = [t for k in range(-12, 1) for t in (1*10.0**k, 2*10.0**k, 5*10.0**k) if low <= t <= high]
+    ticks = [t*10.0**k for k in range(-12, 1) for t in (1, 1.5, 2, 3, 4, 5, 7) if low <= t*10.0**k <= high]
     top.set_xticks(ticks[::max(1, len(ticks)//3)])
     top.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     top.tick_params(labelsize=8)
@@ -236,7 +239,8 @@ def plot_errors(
         means = over_seeds(by_curve['with CEM'], key, column)
         fits[name] = _fitted(ax, means[key], means[column])
         _floor_axis(ax)
-        ax.set(title=f'{label}: {fits[name].b:.2f} times as steep', xlabel='relative H(x|z)/d, nats (above: floor)')
+        ax.set(title=f'{label}: {_give_or_take(fits[name].b, fits[name].b_half)} times as steep',
+               xlabel='log(2πe floor)/2' if name == 'fisher' else 'relative H(x|z)/d, nats (above: floor)')
     for ax in axes[:, 0]: log_ticks(ax.yaxis), ax.set_ylabel('MSE, test images')
     axes[-1, -1].set_axis_off()
     axes[-1, -1].legend(*ax.get_legend_handles_labels(), loc='center')
@@ -252,8 +256,10 @@ def fit_table(
     for key, label in [*((f'floor_{n}', label) for n, label in FLOORS.items()), ('sigma', 'no floor: the noise σ')]:
         means = over_seeds(runs, key, column)
         f = fit_exponential(means[key], means[column])
-        floor = key != 'sigma'
-        rows[label] = {'times the slope of Theorem 1': f'{f.b:.2f} ± {f.b_half:.2f}' if floor else '', 'correlation': f'{f.r:.3f}',
-                       '95 % interval': f'{f.r_low:.2f} to {f.r_high:.2f}',
+        floor, seeds = key != 'sigma', comparable(runs.dropna(subset=[key, column]), 'sigma').seed.nunique()
+        rows[label] = {'times the slope of Theorem 1': _give_or_take(f.b, f.b_half) if floor else '',
+                       'correlation of the logs': f'{f.r:.3f}',
+                       'its 95 % interval': '–' if math.isnan(f.r_low) else f'{f.r_low:.2f} to {f.r_high:.2f}',
+                       'seeds averaged': seeds,
                        'errors under the floor': f'{(runs[column] < runs[key]).sum()} of {len(runs)}' if floor else ''}
     return pd.DataFrame(rows).T

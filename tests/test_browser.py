@@ -187,7 +187,7 @@ def test_voila_and_two_readers_at_once(chromium, dashboards, expected):
         if path := os.environ.get('CEM_SCREENSHOT'):
             one.page.set_viewport_size(dict(width=1660, height=1000))
             one.press('λ', 'End')
-            one.drag('noise σ', 0.55)
+            one.drag('noise σ', 0.3)
             one.page.locator('.cem-playground').first.screenshot(path=path)
 
 

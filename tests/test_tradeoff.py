@@ -18,7 +18,7 @@ from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.methods import DEFENSES
 from cem_nb.tradeoff import (CEM_LOOKS, ROUNDING, advantage, advantage_text, advantages, comparable, curve_points, feature_noise,
-                             noise_axis, noise_rows, plane, plot_curve, plot_over_noise, sweep_curves)
+                             noise_axis, noise_rows, plane, plot_curve, plot_over_noise, points_between, sweep_curves)
 from cem_nb.training import DivergedError
 
 matplotlib.use('Agg')
@@ -124,10 +124,22 @@ def test_advantages_by_seed():
     assert np.isclose(found[2], dense(a, [(0.1, 16), (0.4, 36)]), atol=1e-3)
     known = found.dropna()
     half = stats.t.ppf(0.975, 2)*known.std(ddof=1)/math.sqrt(3)
-    assert advantage_text(found) == f'{known.mean():+.1f} ± {half:.1f}, 1 of 6 seeds without a shared error, 2 of 6 seeds diverged'
-    assert [advantage_text(part) for part in (found[:1], found[3:], found[4:])] == ['+5.0', 'no shared error', 'diverged']
+    lost = '1 of 6 seeds: no shared error, 2 of 6 seeds: diverged, 1 of 6 seeds: some runs diverged'
+    assert advantage_text(found) == f'{known.mean():+.1f} ± {half:.1f}, {lost}'
+    assert [advantage_text(part) for part in (found[:1], found[3:], found[4:])] == ['+5.0', 'no shared error, diverged', 'diverged']
     for pair in (('a', 'c'), ('c', 'a')):
         with pytest.raises(ValueError, match="no curve 'c'; choose from a, b"): advantages(frame, *pair, 'mse')
+
+
+def test_errors_under_rounding_are_one_point_and_carry_no_comparison():
+    a = runs('a', 0, [(0.0, 50), (1e-9, 60), (0.1, 30), (0.2, 20)])
+    assert sorted(curve_points(a, 'mse').tolist()) == [[ROUNDING, 60], [0.1, 30], [0.2, 20]]
+    b = runs('b', 0, [(1e-12, 70), (0.0, 90), (0.15, 40)])
+    found = advantages(pd.concat([a, b]), 'a', 'b', 'mse')
+    assert np.isnan(found[0]) and advantage_text(found) == 'error under rounding'
+    assert points_between(curve_points(a, 'mse'), curve_points(b, 'mse')) == (1, 1)
+    more = advantages(pd.concat([a, b, runs('b', 0, [(0.05, 60)])]), 'a', 'b', 'mse')
+    assert np.isfinite(more[0])
 
 
 def test_points_of_a_curve_are_of_finished_runs():
@@ -221,15 +233,15 @@ def test_a_curve_is_drawn_through_the_means_with_a_mark_for_every_run():
     assert means.get_xdata().tolist() == [90.5, 80.5, 70.5] and np.allclose(means.get_ydata(), [0.015, 0.03, 0.045])
     assert sorted(zip(*marks.get_data())) == sorted(zip(frame.acc_test, frame.mse)) and marks.get_linestyle() == 'None'
     assert means.get_label() == 'mine' and means.get_color() == marks.get_color() == CEM_LOOKS['with CEM']['color']
-    assert [(t.get_text(), t.xy[0]) for t in ax.texts] == [('λ 0', 90.5), ('λ 2', 70.5)]
+    assert [(t.get_text(), t.xy[0]) for t in ax.texts] == [('λ 2', 70.5)]  # λ = 0 is no CEM, and says nothing
 
 
 def test_a_curve_of_one_seed_one_run_or_none():
     ax = plt.figure().add_subplot()
     plot_curve(ax, made([0]), 'mse', 'knob', 'σ', 'one seed')
-    assert len(ax.lines) == 1 and len(ax.texts) == 2
+    assert len(ax.lines) == 1 and len(ax.texts) == 1
     plot_curve(ax, made([0])[:1], 'mse', 'knob', 'σ', 'one run')
-    assert len(ax.lines) == 2 and len(ax.texts) == 3
+    assert len(ax.lines) == 2 and len(ax.texts) == 2
     plot_curve(ax, made([0]).assign(mse=math.nan), 'mse', 'knob', 'σ', 'none')
     assert len(ax.lines) == 2
 
@@ -242,7 +254,7 @@ def test_the_plane_names_its_axes():
     assert ax.get_yscale() == 'log' and (ax.get_title(), ax.get_ylabel()) == ('title', 'SSIM →') and 'accuracy' in ax.get_xlabel()
     low, high = ax.get_ylim()
     ticks = [t.get_text() for t in ax.get_yticklabels() if low <= t.get_position()[1] <= high]
-    assert ticks == ['0.01', '0.02', '0.05']
+    assert ticks == ['0.01', '0.015', '0.02', '0.03', '0.05', '0.07']
 
 
 def test_noise_has_two_scales():
