@@ -239,7 +239,7 @@ def plot_errors(
         means = over_seeds(by_curve['with CEM'], key, column)
         fits[name] = _fitted(ax, means[key], means[column])
         _floor_axis(ax)
-        ax.set(title=f'{label}: {_give_or_take(fits[name].b, fits[name].b_half)} times as steep',
+        ax.set(title=f'{label}:\n{_give_or_take(fits[name].b, fits[name].b_half)} times as steep',
                xlabel='log(2πe floor)/2' if name == 'fisher' else 'relative H(x|z)/d, nats (above: floor)')
     for ax in axes[:, 0]: log_ticks(ax.yaxis), ax.set_ylabel('MSE, test images')
     axes[-1, -1].set_axis_off()

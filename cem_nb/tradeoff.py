@@ -189,7 +189,8 @@ def comparable(
 
 
 def _knob_text(ax: plt.Axes, point: pd.Series, text: str, last: bool):
-    side = dict(xytext=(-5, 3), ha='right', va='bottom') if last else dict(xytext=(5, -3), ha='left', va='top')
+    # a curve falls to the right: above its last point and below its first there is room
+    side = dict(xytext=(4, 5), ha='left', va='bottom') if last else dict(xytext=(4, -6), ha='right', va='top')
     ax.annotate(text, (point.acc_test, point.error), textcoords='offset points', fontsize=7.5, color='0.25', **side)
 
 

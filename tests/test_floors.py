@@ -325,7 +325,7 @@ def test_errors_over_the_floors():
         assert np.allclose(error/floor_of(h), fits[name].mse(middle)/middle)
         h, error = lines['error = floor'].get_data()
         assert np.allclose(error, floor_of(h))
-        assert ax.get_title().startswith(f'{label}: {fits[name].b:.1f} ± ') and ax.get_yscale() == 'log'
+        assert ax.get_title().startswith(f'{label}:\n{fits[name].b:.1f} ± ') and ax.get_yscale() == 'log'
         fig.canvas.draw()
         top = ax.child_axes[0]
         assert np.allclose(top.get_xlim(), floor_of(np.array(ax.get_xlim())))
