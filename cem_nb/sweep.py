@@ -232,7 +232,7 @@ def sweep(
     *,
     device: str = 'auto',                     # auto, cpu or cuda
     backend: str = 'loky',                    # where runs are computed: here, loky (this machine), ray, dask or slurm
-    n_jobs: int = 1,                          # runs side by side; here, and with loky on a GPU, always one
+    n_jobs: int = 1,                          # runs side by side, on a GPU too, which they share; here always one
     test: bool = True,                        # False where something is chosen by the result: no score on test images is shown
     compute: Callable[[Experiment], Run] | None = None,  # where a run is computed; None: here, through the store
     **axes: Iterable,                         # setting to its values, such as noise_std=[0.01, 0.1], seed=range(3)
@@ -250,7 +250,7 @@ def sweep(
         if not test and not all(len(d.val) for d, _ in placed.values()): raise ValueError('there are no validation images; raise val_frac')
         expected = {s.model_dump_json(): f for s, (_, f) in placed.items()}
         compute, gpu = partial(_run_on, device=where, expected=expected), torch.device(where).type == 'cuda'
-    if backend == 'here' or backend == 'loky' and (gpu or n_jobs == 1): backend, n_jobs = 'here', 1
+    if backend == 'here' or backend == 'loky' and n_jobs == 1: backend, n_jobs = 'here', 1
     if backend != 'here' and not all(map(_of_this_package, todo)):
         print('a method of your own takes part, which other processes do not know: all runs are computed in this one')
         backend, n_jobs = 'here', 1

@@ -12,6 +12,7 @@ from concurrent.futures import BrokenExecutor
 import pandas as pd
 import psutil
 import pytest
+import torch
 
 import cem_nb.store as store
 import cem_nb.sweep
@@ -231,3 +232,13 @@ def test_what_is_handed_to_workers_can_be_pickled(monkeypatch):
     monkeypatch.setattr('cem_nb.sweep.Pool', pool)
     with pytest.raises(Caught): sweep(TINY, n_jobs=2)
     assert pickle.loads(pickle.dumps(handed[0])).keywords == handed[0].keywords
+
+
+@pytest.mark.parametrize('backend, n_jobs, want', [('loky', 3, ('loky', 3)), ('loky', 1, ('here', 1)), ('here', 3, ('here', 1))])
+def test_runs_share_a_gpu_as_they_share_cores(backend, n_jobs, want, monkeypatch):
+    class Asked(Exception): pass
+    def pool(compute, todo, n_jobs, backend, gpu): raise Asked(backend, n_jobs, gpu)
+    monkeypatch.setattr(cem_nb.sweep, 'Pool', pool)
+    monkeypatch.setattr(cem_nb.sweep, 'pick_device', lambda name: torch.device('cuda', 0))  # none of this needs one
+    with pytest.raises(Asked) as asked: sweep(Experiment(), backend=backend, n_jobs=n_jobs)
+    assert asked.value.args == (*want, True)
