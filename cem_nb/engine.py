@@ -122,7 +122,7 @@ _FLAGS = {'avx512_bf16', 'amx_bf16', 'bf16'}  # of processors by Intel and AMD, 
 
 @cache
 def has_bf16(kind: str) -> bool:  # cpu or cuda
-    "Whether the processor has instructions for bfloat16."
+    "Whether instructions for bfloat16 were found; on a CPU that is as far as Linux says, and elsewhere False."
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     return PROCESSOR.exists() and not _FLAGS.isdisjoint(PROCESSOR.read_text().split())
 
@@ -145,15 +145,15 @@ def _as_set(net: nn.Module, settings: EngineSettings, device: torch.device) -> C
     fast = plain
     if settings.precision == 'bf16':
         if has_bf16(device.type): fast = cast
-        else: warnings.warn(f'networks are computed in float32, for this {device.type} has no instructions for bfloat16')
+        else: warnings.warn(f'networks are computed in float32, for no instructions for bfloat16 were found on this {device.type}')
     if settings.compile and getattr(net, 'compiled', True) and can_compile(str(device)): fast = torch.compile(fast)
     return lambda *tensors: (fast if torch.is_grad_enabled() else plain)(*tensors)
 
 
 def in_words(settings: EngineSettings, device: torch.device) -> str:
-    "What is said of a run behind the hardware: nothing of the defaults, and of what this machine cannot do."
-    bf16 = settings.precision == 'bf16' and has_bf16(device.type)
-    return ', bf16'*bf16 + ', compiled'*(settings.compile and can_compile(str(device)))
+    "What is said of a run behind the hardware; nothing of the defaults."
+    bf16 = '' if settings.precision == 'float32' else ', bf16' if has_bf16(device.type) else ', float32 for want of bf16'
+    return bf16 + ', compiled'*(settings.compile and can_compile(str(device)))
 
 
 @contextmanager

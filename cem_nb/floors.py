@@ -206,7 +206,7 @@ def _fitted(ax: plt.Axes, floor: pd.Series, mse: pd.Series) -> Fit:
     return fit
 
 
-def _give_or_take(value: float, half: float) -> str: return f'{value:.1f}' + ('' if math.isnan(half) else f' ± {half:.1f}')
+def _give_or_take(value: float, half: float) -> str: return f'{value:.2f}' + ('' if math.isnan(half) else f' ± {half:.2f}')
 
 
 def _floor_axis(ax: plt.Axes):

@@ -7,9 +7,10 @@ __all__ = ['photo_patches', 'textbook_step', 'training_step', 'attack_step', 'ti
            'limits', 'share_of_limit', 'fit_memory']
 
 # %% ../nbs/5_run/14_speed.ipynb #b7d7b25f
-import resource, sys, warnings
+import re, resource, sys, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,9 +29,10 @@ from .data import ImageData, Split, batches
 from .engine import engine, has_bf16, using
 from .experiment import Experiment
 from .kmeans import kmeans
+from .loop import deterministic
 from .mixture import GaussianMixture
 from .models import evaluating, split_model
-from .training import build, build_cem, train_step
+from .training import build, build_cem, optimizer, train_step
 
 # %% ../nbs/5_run/14_speed.ipynb #bd58f8cd
 def photo_patches(
@@ -51,7 +53,7 @@ def photo_patches(
 def textbook_step(e: Experiment, data: ImageData) -> Callable[[], None]:
     "A step without noise, defence, CEM or engine, on one batch."
     model = build(e, data)[1].train()
-    opt = torch.optim.SGD(model.parameters(), e.training.lr, e.training.momentum, weight_decay=e.training.weight_decay)
+    opt = optimizer(e.training, model)
     x, y = next(batches(data.train, e.training.batch_size))
     x = x.contiguous(memory_format=torch.channels_last)
 
@@ -71,13 +73,13 @@ def training_step(
 ) -> Iterator[Callable[[], None]]:
     "The step of a run's training, on one batch, while the context lasts; CEM's mixture is fitted to eight batches."
     size, (defense, model) = e.training.batch_size, build(e, data)
-    cem, opt = build_cem(e, model, data), torch.optim.SGD(model.parameters(), e.training.lr, e.training.momentum)
+    cem, opt = build_cem(e, model, data), optimizer(e.training, model)
     if cem:
         with evaluating(model): cem.fit_encoder(model.encode, list(batches(data.train, size))[:8])
     model.train()
     x, y = next(batches(data.train, size))
     x = x.contiguous(memory_format=torch.channels_last)
-    with using(e.engine), engine(model, defense, device=x.device):
+    with using(e.engine), deterministic(), engine(model, defense, device=x.device):
         yield lambda: train_step(model, defense, cem, opt, x, y, float(cem is not None))
 
 
@@ -97,7 +99,7 @@ def attack_step(
         with torch.no_grad(): z = model.smash(x)
         return step(x, z)
 
-    with using(e.engine), engine(*nets, device=x.device): yield smash_and_step
+    with using(e.engine), deterministic(), engine(*nets, device=x.device): yield smash_and_step
 
 # %% ../nbs/5_run/14_speed.ipynb #b5920357
 def _ratios(names: list[str], seconds: np.ndarray) -> pd.DataFrame:  # [rounds, len(names)]
@@ -162,13 +164,14 @@ def time_fits(
     """Fits and k-means beside scikit-learn's. `quality` is the mean log-likelihood of a row, or minus the mean squared distance to the
     centre; `better` counts the rounds in which ours is at least scikit-learn's, but for 0.1 %."""
     a, n, found = z.numpy(), len(z), {}
+    _ours(z[:2*k], k, 1, 0), _sklearns(a[:2*k], k, 1, 0)  # what is loaded once
     for seed in range(whole(seeds=seeds)):
         got = {}
         calls = {f'mixture, {steps} steps': (lambda: _ours(z, k, steps, seed), lambda: _sklearns(a, k, steps, seed)),
                  'k-means': (lambda: -_inertia(z, k, seed)/n, lambda: -KMeans(k, n_init=1, random_state=seed).fit(a).inertia_/n)}
         for name, pair in calls.items():
             keep = [lambda i=i, f=f: got.__setitem__((name, i), f()) for i, f in enumerate(pair)]
-            took = side_by_side(keep, z.device, 0, 1)[0]
+            took = side_by_side(keep[::-1] if seed % 2 else keep, z.device, 0, 1)[0][::-1 if seed % 2 else 1]
             found.setdefault(name, []).append((*took, got[name, 0], got[name, 1]))
     rows = {}
     for name, rounds in found.items():
@@ -200,6 +203,9 @@ def share_of_limit(
 
 # %% ../nbs/5_run/14_speed.ipynb #36a6bdea
 def _peak() -> float:
+    "Gibibytes; of this program alone, where Linux says, for ru_maxrss begins with that of the parent."
+    status = Path('/proc/self/status')
+    if status.exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1])/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform == 'darwin' else 2**20)
 
 

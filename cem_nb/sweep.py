@@ -175,6 +175,9 @@ class Pool:
         if isinstance(outcomes, BrokenExecutor):
             raise RunError('a worker process died, perhaps for lack of memory; start again, with fewer jobs at a time: what is '
                            'finished is kept') from None
+        if isinstance(outcomes, torch.OutOfMemoryError):
+            raise RunError(f'the GPU has too little memory for so many runs at a time ({str(outcomes).splitlines()[0]}); start again, '
+                           'with fewer jobs: what is finished is kept') from None
         if isinstance(outcomes, Exception): raise outcomes
         found, seconds = outcomes[self._jobs[key].index(e)]
         if isinstance(found, tuple) and not found[0].is_dir(): raise RunError(f'{found[0]} is not to be seen here; {_SHARED}')

@@ -158,10 +158,10 @@ def test_where_nothing_can_be_compiled_a_warning_says_so_and_the_numbers_are_the
 def test_where_bfloat16_is_missing_a_warning_says_so_and_the_run_keeps_that_it_was_float32(digits, monkeypatch):
     monkeypatch.setattr(engine_module, 'has_bf16', HAS_BF16.__wrapped__)
     monkeypatch.setattr(engine_module, 'PROCESSOR', Path('/dev/null'))
-    with pytest.warns(UserWarning, match='float32, for this cpu has no instructions for bfloat16'):
+    with pytest.warns(UserWarning, match='float32, for no instructions for bfloat16 were found on this cpu'):
         model, _ = train(TINY.replace(precision='bf16'), digits)
     assert all(map(torch.equal, model.parameters(), train(TINY, digits)[0].parameters()))
-    assert in_words(BF16, CPU) == ''
+    assert in_words(BF16, CPU) == ', float32 for want of bf16' and in_words(EngineSettings(), CPU) == ''
 
 
 def test_a_processor_that_says_bfloat16_is_believed(tmp_path, monkeypatch):

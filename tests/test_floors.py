@@ -325,7 +325,7 @@ def test_errors_over_the_floors():
         assert np.allclose(error/floor_of(h), fits[name].mse(middle)/middle)
         h, error = lines['error = floor'].get_data()
         assert np.allclose(error, floor_of(h))
-        assert ax.get_title().startswith(f'{label}:\n{fits[name].b:.1f} ± ') and ax.get_yscale() == 'log'
+        assert ax.get_title().startswith(f'{label}:\n{fits[name].b:.2f} ± ') and ax.get_yscale() == 'log'
         fig.canvas.draw()
         top = ax.child_axes[0]
         assert np.allclose(top.get_xlim(), floor_of(np.array(ax.get_xlim())))
@@ -335,7 +335,7 @@ def test_errors_over_the_floors():
     assert list(table.index) == [*FLOORS.values(), 'no floor: the noise σ']
     assert table.loc['pairwise', 'errors under the floor'] == f'{(of.mse_test_decoder < of.floor_pairwise).sum()} of 5'
     assert table.iloc[-1]['correlation of the logs'] == f'{np.corrcoef(np.log(of.sigma), np.log(of.mse_test_decoder))[0, 1]:.3f}'
-    assert table.loc['Eq. 3', 'times the slope of Theorem 1'] == f'{fits["huber"].b:.1f} ± {fits["huber"].b_half:.1f}'
+    assert table.loc['Eq. 3', 'times the slope of Theorem 1'] == f'{fits["huber"].b:.2f} ± {fits["huber"].b_half:.2f}'
     assert (table['seeds averaged'] == 1).all()
 
 

@@ -242,3 +242,9 @@ def test_runs_share_a_gpu_as_they_share_cores(backend, n_jobs, want, monkeypatch
     monkeypatch.setattr(cem_nb.sweep, 'pick_device', lambda name: torch.device('cuda', 0))  # none of this needs one
     with pytest.raises(Asked) as asked: sweep(Experiment(), backend=backend, n_jobs=n_jobs)
     assert asked.value.args == (*want, True)
+
+
+def test_too_little_memory_on_a_gpu_is_said_with_what_to_do():
+    def compute(e): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+    pool = Pool(compute, [Experiment()], 1, 'here', gpu=True)
+    with pytest.raises(RunError, match='too little memory.*Tried to allocate 2 GiB.*fewer jobs'): pool.outcome(Experiment())
