@@ -140,7 +140,7 @@ class Chart:
         at = self.inside(x, y)
         left, top = self.place(*at)
         if at != (x, y): text += ' (beyond the edge)'
-        down = 8 if top < 100*0.15 else -8  # below the ring at the upper edge, to its left at the right one
+        down = 8 if top < 15 else -8  # below the ring at the upper edge, to its left at the right one
         beside = f'margin:{down}px 0 0 10px' if left < 60 else f'margin:{down}px 0 0 -14px;transform:translateX(-100%)'
         return (f'<span class="cem-mark" data-x="{x:.6g}" data-y="{y:.6g}" style="position:absolute;left:{left:.2f}%;top:{top:.2f}%;'
                 'width:12px;height:12px;margin:-8px 0 0 -8px;border:2px solid black;border-radius:50%"></span>'

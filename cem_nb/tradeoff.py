@@ -122,8 +122,8 @@ def curve_points(
     column: str,          # of the error, such as mse_test_decoder
 ) -> np.ndarray:          # (error, accuracy in %), [n, 2]; without runs that diverged, and of those under ROUNDING the most accurate
     points = frame[[column, 'acc_test']].dropna().reset_index(drop=True).clip(lower={column: ROUNDING, 'acc_test': 0}, axis=1)
-    under = points[points[column] == ROUNDING]
-    return points.drop(under.index.difference([under.acc_test.idxmax()] if len(under) else [])).to_numpy(float)
+    under = points[column] == ROUNDING
+    return pd.concat([points[~under], points[under].nlargest(1, 'acc_test')]).sort_index().to_numpy(float)
 
 
 def points_between(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
@@ -166,9 +166,9 @@ def advantage_text(
     "Mean in points, and half-width of the 95 % interval over the seeds where there are several."
     known, n, attrs = by_seed.dropna(), len(by_seed), by_seed.attrs
     lost = Counter(attrs.get('lost', {}).get(seed, 'no shared error') for seed in by_seed.index.difference(known.index))
-    lost |= {'some runs diverged': k for k in [len(known.index.intersection(attrs.get('partial', [])))] if k}
     if known.empty: return ', '.join(lost) or 'no shared error'
     mean, half = mean_interval(known)
+    if partial := len(known.index.intersection(attrs.get('partial', []))): lost['some runs diverged'] = partial
     return ', '.join([f'{mean:+.1f}' + f' ± {half:.1f}'*(len(known) > 1), *(f'{k} of {n} seeds: {why}' for why, k in lost.items())])
 
 # %% ../nbs/6_look/01_tradeoff.ipynb #72044312
