@@ -15,9 +15,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from pydantic import BeforeValidator, Field
 
-from .core import Positive
+from .core import Positive, seeded
 from .experiment import CEMSettings, Experiment
 from .methods import DEFENSES
+from .models import split_model
 from .parameters import Cuts, Lams, NoiseStds, Seeds, SweepParameters, as_items, word
 from .style import COLORS
 from .tradeoff import (advantage_text, advantages, curve_points, cut_at, noise_rows, plane, plot_curve, points_between,
@@ -39,6 +40,10 @@ class Figure4Parameters(SweepParameters):
     alone: Several = (0.025, 0.1, 0.3)           # of d, without CEM; the first is the noise of CEM's curve
     strengths: Lams = (0.0, 16.0, 64.0)          # of d, with CEM
     seeds: Seeds = (0,)
+
+    def model_post_init(self, _):
+        with seeded(0, 'cuts'):  # a cut that cannot be is refused, whether its panel is asked for or not
+            for cut in self.cuts: split_model(width=0.1, cut=cut)
 
 # %% ../nbs/6_look/04_figure4.ipynb #620b5dd2
 class Curve(NamedTuple):

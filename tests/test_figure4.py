@@ -196,6 +196,10 @@ def test_what_cannot_be_asked(given):
         assert next(iter(given)) in str(e.value) and '\n' not in str(e.value)
 
 
+def test_a_cut_that_cannot_be_is_refused_though_its_panel_is_not_asked_for():
+    with pytest.raises(ValidationError, match='cut is 9; VGG11 can be cut after 1 to 7'): Figure4Parameters(panels='b,d', cuts='9')
+
+
 def test_a_run_that_cannot_be_stops_before_the_first():
     with pytest.raises(ValueError, match='VGG11 can be cut after 1 to 7'): figure4_runs(BASE, Figure4Parameters(panels='c', cuts='2,8'))
     without = next(d for d in DEFENSES if not DEFENSES[d].cls.cem)
