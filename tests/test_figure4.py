@@ -78,7 +78,7 @@ def test_what_the_panels_turn():
 def test_the_default_cut_is_left_as_it_is():
     "So its runs are those of the other panels, and of Table 1."
     cut = NETWORKS[ModelSettings().arch].cut
-    by = {f'{c.panel}: {c.label}': c for c in figure4_curves(Figure4Parameters(panels='a,b,c,d', noise_stds='0.1,0.2'))}
+    by = {f'{c.panel}: {c.label}': c for c in figure4_curves(Figure4Parameters(panels='a,b,c,d', lams='0,16', noise_stds='0.1,0.2'))}
     assert by[f'c: cut {cut}'].rows == by['a: Noise_Nopeek'].rows and by[f'c: cut {cut}+CEM'].rows == by['b: λ = 16'].rows
     assert [{r.get('cut') for r in by[f'c: cut {c}'].rows} for c in (1, 2, 3)] == [{c if c != cut else None} for c in (1, 2, 3)]
     t = TableParameters(preset='quick', attacks='decoder', noise_std=0.025)
