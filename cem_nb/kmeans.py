@@ -16,7 +16,7 @@ from torch import Tensor
 from .core import finite_tensor, result_dtype, whole
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #6a14cd67
-BLOCK = 2**17  # numbers in one temporary of a batched pass: 1 MiB in float64, which stays in a core's cache
+BLOCK = 2**18  # numbers in one temporary of a batched pass: 1 MiB in float32, which stays in a core's cache
 
 
 def blocks(
@@ -46,11 +46,12 @@ def squares(x: Tensor) -> Tensor:  # [N]
 def _nearest(x, x2, centers):
     "Label of the nearest centre and squared distance to it, both [N]; `x`, with the `squares` x2, and `centers` roughly centred."
     c = centers.to(x.dtype)
-    best = [(c.square().sum(1)[:, None] - 2*(c @ b.T)).min(0) for b in blocks(x, len(c))]
+    c2 = c.square().sum(1)[:, None]
+    best = [torch.addmm(c2, c, b.T, alpha=-2).min(0) for b in blocks(x, len(c))]
     return torch.cat([b.indices for b in best]), (torch.cat([b.values for b in best]) + x2).clamp_min(0)
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #16a3b131
-LARGE = 2**24  # numbers in features from which on float32 stays float32
+LARGE = 2**22  # numbers in features from which on float32 stays float32
 
 
 def centred(
@@ -127,34 +128,70 @@ def seeding(
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #5ef3ba99
 def _sums(x, labels, k):
-    "Sums [k, m] and sizes [k] of the clusters, by products with one-hot blocks: no atomics, so runs repeat exactly."
+    "Sums [k, m] and sizes [k] of the clusters; a GPU multiplies by one-hot blocks, for its `index_add` does not repeat exactly."
     ids = torch.arange(k, device=x.device)[:, None]
-    total = block_sums(lambda part, label: (label == ids).to(part.dtype) @ part, x, labels, width=k)
-    return total, (labels == ids).sum(1)
+
+    def of_block(part, label):
+        if part.is_cuda: return (label == ids).to(part.dtype) @ part
+        return part.new_zeros(k, part.shape[1]).index_add_(0, label, part)
+
+    return block_sums(of_block, x, labels, width=k), labels.bincount(minlength=k)
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #64f2b0ce
-def _moved(x, centers, labels, d2):
+def _means(x, total, size, centers):
     "The means of the clusters; an empty one restarts at the point farthest from its centre."
-    total, size = _sums(x, labels, len(centers))
     centers = torch.where(size[:, None] > 0, total/size.clamp_min(1)[:, None], centers)
     empty = (size == 0).nonzero()[:, 0]
-    if len(empty): centers[empty] = x[d2.topk(len(empty)).indices].double()
+    if len(empty): centers[empty] = x[_nearest(x, squares(x), centers)[1].topk(len(empty)).indices].double()
     return centers
 
-# %% ../nbs/2_theory/04_kmeans.ipynb #a769c014
+# %% ../nbs/2_theory/04_kmeans.ipynb #7dd8da3c
+class _Near:
+    "The nearest centre of each row, with bounds on the distances that tell where a move of the centres can have changed it."
+    def __init__(self, x, centers):
+        self.x, self.x2, self.centers = x, squares(x), centers
+        self.labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.upper, self.lower = x.new_empty(len(x)), x.new_empty(len(centers), len(x))  # to the own centre, and to the others
+        self.measure()
+
+    def measure(self, rows=None):
+        "Distances to all centres: of these rows, or of all."
+        c, n = self.centers.to(self.x.dtype), len(blocks(self.x, len(self.centers))[0])
+        c2, eps = c.square().sum(1)[:, None], 16*torch.finfo(c.dtype).eps
+        for at in [slice(i, i + n) for i in range(0, len(self.x), n)] if rows is None else rows.split(n):
+            d2 = torch.addmm(c2, c, self.x[at].T, alpha=-2).add_(self.x2[at])
+            error, (best, label) = eps*(c2 + self.x2[at]), d2.min(0)
+            self.labels[at] = label
+            self.upper[at] = (best + error.gather(0, label[None])[0]).clamp_min(0).sqrt()
+            self.lower[:, at] = (d2 - error).clamp_min_(0).sqrt_().scatter_(0, label[None], torch.inf)
+
+    def move(self, centers):
+        "Loosen the bounds, and measure the rows where they meet."
+        far = (centers - self.centers).norm(dim=1).to(self.x.dtype)
+        self.centers, self.upper, self.lower = centers, self.upper + far[self.labels], self.lower.sub_(far[:, None])
+        rows = (self.lower.amin(0) <= self.upper).nonzero()[:, 0]
+        self.measure(rows if 2*len(rows) < len(self.x) else None)
+
+# %% ../nbs/2_theory/04_kmeans.ipynb #9197e587
 def lloyd(
     x: Tensor,         # as `centred` gives it
     centers: Tensor,   # to start from, [k, m] in float64
     max_iter: int,     # most rounds
 ) -> tuple[Tensor, Tensor]:
     "Centres in float64 and labels; it ends when no label changes."
-    x2 = squares(x)
-    labels, d2 = _nearest(x, x2, centers)
-    for _ in range(max_iter):
-        centers, before = _moved(x, centers, labels, d2), labels
-        labels, d2 = _nearest(x, x2, centers)
-        if labels.equal(before): break
-    return centers, labels
+    k, near, still = len(centers), _Near(x, centers), True
+    for left in reversed(range(max_iter)):
+        whole, before = still or not left, near.labels.clone()
+        if whole: sums = _sums(x, before, k)
+        centers = _means(x, *sums, centers)
+        if whole: near = _Near(x, centers)
+        else: near.move(centers)
+        moved = (near.labels != before).nonzero()[:, 0]
+        still = not len(moved)
+        if still and whole: break
+        came, went = (_sums(x[moved], labels[moved], k) for labels in (near.labels, before))
+        sums = [s + c - w for s, c, w in zip(sums, came, went)]
+    return centers, near.labels
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #1135dfc6
 @torch.no_grad()

@@ -62,16 +62,14 @@ FAR = {torch.float64: 1e10, torch.float32: 1e5}  # c^T S^-1 c from which the exp
 
 
 def _mahalanobis_diagonal(mu, s, dtype):
-    "A function of rows [n, m] of that type to (x_n - mu_i)^T S_i^-1 (x_n - mu_i) [k, n], for spherical or diagonal components."
-    p, shift = 1/(s if s.ndim == 2 else s[:, None].expand_as(mu)), mu.detach().mean(0)  # precisions
-    c = mu - shift
-    size = (c.square()*p).sum(1, keepdim=True)
+    "A function of rows [n, m] of that type and their squares to (x_n - mu_i)^T S_i^-1 (x_n - mu_i) [k, n], for variances."
+    p = 1/(s if s.ndim == 2 else s[:, None].expand_as(mu))  # precisions
+    size = (mu.square()*p).sum(1, keepdim=True)
     far = (size.detach() > FAR[dtype]).nonzero()[:, 0]
-    mu, p, cp, size, shift = (t.to(dtype) for t in (mu, p, c*p, size, shift))
+    mu, p, mp, size = (t.to(dtype) for t in (mu, p, mu*p, size))
 
-    def d2(x):
-        r = x - shift
-        expanded = (p @ r.square().T - 2*(cp @ r.T) + size).clamp_min(0)
+    def d2(x, squares):
+        expanded = torch.addmm(torch.addmm(size, mp, x.T, alpha=-2), p, squares.T).clamp_min(0)
         if not len(far): return expanded
         return expanded.index_copy(0, far, torch.stack([(x - mu[i]).square() @ p[i] for i in far]))
 
@@ -81,15 +79,15 @@ def _mahalanobis_diagonal(mu, s, dtype):
 def _mahalanobis_full(mu, s):
     "The same for full components, in float64."
     solve, factors = torch.linalg.solve_triangular, cholesky(s)
-    return lambda x: torch.stack([solve(factor, (x - c).T, upper=False).square().sum(0) for factor, c in zip(factors, mu)])
+    return lambda x, squares: torch.stack([solve(factor, (x - c).T, upper=False).square().sum(0) for factor, c in zip(factors, mu)])
 
 # %% ../nbs/2_theory/05_mixture.ipynb #1c3d2e4a
 def _log_prob(mu, s, dtype):
-    "A function of rows [n, m] of that type to their `component_log_prob`, [k, n]; the parameters are checked, and in float64."
+    "A function of rows [n, m] of that type, roughly centred as `mu`, and of their squares to their `component_log_prob`, [k, n]."
     d2 = _mahalanobis_full(mu, s) if s.ndim == 3 else _mahalanobis_diagonal(mu, s, dtype)
     m = mu.shape[1]
     volume = (m*math.log(2*math.pi) + logdet(s, m)).to(dtype)[:, None]
-    return lambda x: -0.5*(volume + d2(x))
+    return lambda x, squares: -0.5*(volume + d2(x, squares))
 
 # %% ../nbs/2_theory/05_mixture.ipynb #fa63bf25
 def component_log_prob(
@@ -101,24 +99,38 @@ def component_log_prob(
 
     Raises ValueError for NaN, inf, unequal widths or a covariance that is not positive definite."""
     mu, s = checked_components(means, covariances)
-    log_prob = _log_prob(mu, s, torch.float64)
-    return torch.cat([log_prob(b).T for b in blocks(same_width(x, mu)[0], len(mu))])
+    shift = mu.detach().mean(0)
+    x, log_prob = same_width(x, mu)[0] - shift, _log_prob(mu - shift, s, torch.float64)
+    return torch.cat([log_prob(b, b.square()).T for b in blocks(x, len(mu))])
 
 # %% ../nbs/2_theory/05_mixture.ipynb #2d25ed6b
+def _bayes(joint):
+    "From log pi_i + log N(x_n; mu_i, S_i), [k, n], the log-likelihoods [n] and responsibilities [k, n]."
+    least, best = math.ceil(math.log(torch.finfo(joint.dtype).tiny)), joint.amax(0)
+    r = joint - best
+    seen = r > least  # where exp underflows it takes ten times as long
+    r = r.clamp_min_(least).exp_().mul_(seen)
+    total = r.sum(0)
+    return best + total.log(), r.div_(total)
+
+
+@torch.no_grad()
 def e_step(
-    x: Tensor,  # [N, m], float64, or float32 with `s` spherical or diagonal
-    w: Tensor,  # weights pi_i [k]
-    mu: Tensor, # means mu_i [k, m]
-    s: Tensor,  # covariances S_i
+    x: Tensor,   # as `centred` gives it, [N, m]; float64 where `s` is full
+    w: Tensor,   # weights pi_i [k]
+    mu: Tensor,  # means mu_i [k, m]
+    s: Tensor,   # covariances S_i
 ) -> tuple[Tensor, Tensor]:  # log-likelihood of each row [N] and responsibilities r [N, k], in the precision of x
-    "Bayes' rule."
+    "Bayes' rule, in blocks of rows."
     log_prob, log_w = _log_prob(mu, s, x.dtype), w.log().to(x.dtype)[:, None]
-    totals, resp = [], x.new_empty(len(w), len(x))
-    for b, r in zip(blocks(x, len(w)), blocks(resp.T, x.shape[1])):
-        joint = log_prob(b) + log_w
-        totals.append(joint.logsumexp(0))
-        r.copy_((joint - totals[-1]).exp().T)
-    return torch.cat(totals), resp.T
+    log_p, resp = [], x.new_empty(len(w), len(x))
+    room = torch.empty_like(blocks(x, len(w))[0])  # for squares; a fresh place for each block takes longer than they do
+    for b, of_block in zip(blocks(x, len(w)), blocks(resp.T, x.shape[1])):
+        squares = torch.square(b, out=room[:len(b)])
+        found, r = _bayes(log_prob(b, squares) + log_w)
+        log_p.append(found)
+        of_block.copy_(r.T)
+    return torch.cat(log_p), resp.T
 
 # %% ../nbs/2_theory/05_mixture.ipynb #80a4e0e2
 def _second_pass(x, r, mean):
@@ -158,8 +170,11 @@ def m_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Weights, means and covariances that fit the responsibilities best."
     size = resp.sum(0, dtype=torch.float64) + 10*torch.finfo(torch.float64).eps  # an empty component divides by this, not by zero
-    sums = block_sums(lambda b, r: torch.cat([r.T @ b, r.T @ b.square()], 1), x, resp)
-    means, second = (sums/size[:, None]).chunk(2, 1)
+    room = torch.empty_like(blocks(x)[0])
+
+    def moments(b, r): return torch.stack([r.T @ b, r.T @ torch.square(b, out=room[:len(b)])])
+
+    means, second = block_sums(moments, x, resp)/size[:, None]
     if covariance_type == 'full': cov = _full_covariances(x, resp, means, size, reg_covar)
     else: cov = _diagonal_covariances(x, resp, means, second, reg_covar)
     return size/size.sum(), means, cov.mean(1) if covariance_type == 'spherical' else cov
@@ -236,7 +251,8 @@ class FittedMixture:
 
     def _posterior(self, x):
         w, mu, s = self.params()
-        return e_step(same_width(x, mu)[0], w, mu, s)
+        shift = mu.mean(0)
+        return e_step(same_width(x, mu)[0] - shift, w, mu - shift, s)
 
     def score_samples(self, x: Tensor) -> Tensor:
         "Log-density of each row [N], nats."

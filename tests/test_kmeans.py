@@ -7,7 +7,7 @@ from laws import NAN, blobs, rng, some
 from scipy import stats
 from sklearn.cluster import KMeans, kmeans_plusplus
 
-from cem_nb.kmeans import assign, kmeans
+from cem_nb.kmeans import assign, kmeans, lloyd
 
 
 def test_kmeans_reaches_scikit_learns_optimum_from_the_same_start():
@@ -61,6 +61,42 @@ def test_kmeans_labels_are_nearest_and_centres_are_means(n, m, k, offset, seed):
     assert torch.allclose(d.gather(1, labels[:, None])[:, 0], d.min(1).values, atol=1e-7)
     assert set(labels.tolist()) == set(range(k))  # distinct points: no cluster stays empty
     for i in range(k): assert torch.allclose(centers[i], x[labels == i].mean(0), atol=1e-7)
+
+
+def all_rows_and_all_centres(x, centers, max_iter):
+    "Lloyd's algorithm as it is told: nothing is carried from round to round."
+    near = lambda: torch.cdist(x, centers.to(x.dtype), compute_mode='donot_use_mm_for_euclid_dist').min(1)
+    d, labels = near()
+    for _ in range(max_iter):
+        for i in range(len(centers)):
+            if (labels == i).any(): centers[i] = x[labels == i].double().mean(0)
+        empty = [i for i in range(len(centers)) if not (labels == i).any()]
+        if empty: centers[empty] = x[near()[0].topk(len(empty)).indices].double()
+        before, (d, labels) = labels, near()
+        if labels.equal(before): break
+    return centers, labels
+
+
+@some
+@given(n=st.integers(5, 300), m=st.integers(1, 5), k=st.integers(1, 9), seed=st.integers(0, 99), max_iter=st.sampled_from([0, 1, 2, 5, 100]),
+       dtype=st.sampled_from([torch.float32, torch.float64]), apart=st.sampled_from([0., 1., 30.]))
+def test_bounds_change_nothing(n, m, k, seed, max_iter, dtype, apart):
+    g, k = rng(seed), min(k, n)
+    x = torch.randn(n, m, generator=g) + apart*torch.randn(k, m, generator=g)[torch.arange(n) % k]
+    x = (x - x.mean(0)).to(dtype)
+    start = x[torch.randperm(n, generator=g)[:k]].double()
+    (a, la), (b, lb) = lloyd(x, start.clone(), max_iter), all_rows_and_all_centres(x, start.clone(), max_iter)
+    assert torch.equal(la, lb) and torch.allclose(a, b, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize('rounds', [2, 3, 100])
+def test_a_row_that_has_left_a_cluster_leaves_no_rounding_there(rounds):
+    "The outlier begins in the cluster of the small rows, for its centre is in the middle."
+    x = torch.cat([1e-3*torch.randn(200, 2, generator=rng(0)).double(), torch.full((1, 2), 1e14)])
+    centers, labels = lloyd(x, torch.tensor([[4e13, 4e13], [-1e14, -1e14]]).double(), rounds)
+    small = labels[0]
+    assert (labels[:200] == small).all() and labels[200] != small
+    assert torch.allclose(centers[small], x[:200].mean(0), rtol=1e-9, atol=1e-18)
 
 
 def test_an_empty_cluster_restarts_at_the_farthest_point():
