@@ -40,12 +40,12 @@ def deviations(
     mu: Tensor,      # means, [k, m]
 ) -> tuple[Tensor, Tensor]:  # n [k]; X [k, max n, m] in float64, X_j^T X_j = Delta Sigma_j
     "The clusters' deviations from the stored means, padded with rows of zeros."
-    n = labels.bincount(minlength=len(mu))
+    n, order = labels.bincount(minlength=len(mu)), labels.argsort(stable=True)
+    cluster = labels[order]
+    row = torch.arange(len(labels), device=labels.device) - (n.cumsum(0) - n)[cluster]  # of its cluster
+    d = (z_hat[order] - mu[cluster]).double()/n[cluster, None].double().sqrt()
     X = torch.zeros(len(mu), int(n.max()), mu.shape[1], dtype=torch.float64, device=z_hat.device)
-    for j in labels.unique().tolist():
-        d = (z_hat[labels == j] - mu[j]).double()/n[j].double().sqrt()
-        X = X.index_put((torch.full_like(labels[:len(d)], j), torch.arange(len(d), device=d.device)), d)
-    return n, X
+    return n, X.index_put((cluster, row), d)
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #aa017f23
 @register(CEMS, 'full')
@@ -60,16 +60,21 @@ class FullCEM(CEM):
     def batch(self, z_hat, y):
         n, X = deviations(z_hat, assign(z_hat, self.mu), self.mu)
         pi = eq5(self.pi, n, self.N)
-        Sigma = eq6(pi, self.Sigma, n, self.N, X.mT @ X)
-        return self.update_bound(pi, Sigma, n, X).to(z_hat.dtype), pi, Sigma
+        l_c, Sigma = self.update(pi, n, X)
+        return l_c.to(z_hat.dtype), pi, Sigma
 
-    def update_bound(self, pi, Sigma, n, X):
-        "Eq. 7, differentiable in X without an m x m graph."
+    def update(self, pi, n, X):
+        "Eq. 7, differentiable in X without an m x m graph, and Eq. 6, in which each matrix is written as few times as can be."
         a, m, var = share_of_batch(pi, n, self.N).double(), X.shape[-1], self.noise_std**2
         with torch.no_grad():
-            carried = (1 - a)[:, None, None]*self.Sigma + var*torch.eye(m).to(X)
-            factor = cholesky(carried, f'noise_std = {self.noise_std} is too little beside the features: covariance')
-        return (torch.special.entr(pi) + pi/2*(logdet_update(factor, X, a) - m*math.log(var))).sum()
+            Sigma = (1 - a)[:, None, None]*self.Sigma  # what is carried
+            diagonal = Sigma.diagonal(dim1=1, dim2=2)
+            alone = diagonal.clone()
+            diagonal += var
+            factor = cholesky(Sigma, f'noise_std = {self.noise_std} is too little beside the features: covariance')
+            diagonal.copy_(alone)
+            Sigma.baddbmm_(a[:, None, None]*X.mT, X)
+        return (torch.special.entr(pi) + pi/2*(logdet_update(factor, X, a) - m*math.log(var))).sum(), Sigma
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #fca59c11
 @register(CEMS, 'pairwise')
@@ -84,7 +89,9 @@ class FullPairwiseCEM(FullCEM):
     "Full covariances under the pairwise bound, whose graph holds the matrices; 4 s a batch at 512 dimensions on a CPU."
     bound = PairwiseCEM.bound
 
-    def update_bound(self, pi, Sigma, n, X): return self.bound(pi, Sigma)
+    def update(self, pi, n, X):
+        Sigma = eq6(pi, self.Sigma, n, self.N, X.mT @ X)
+        return self.bound(pi, Sigma), Sigma
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #a1852b6d
 @register(CEMS, 'letter')

@@ -9,7 +9,7 @@ __all__ = ['logdet_gram', 'logdet_update']
 import torch
 from torch import Tensor
 
-from .core import cholesky, finite_tensor, result_dtype
+from .core import cholesky, finite_tensor, floating_tensor, result_dtype
 
 # %% ../nbs/2_theory/08_logdet.ipynb #f498ed9e
 def _logdet_eye_plus(x, w):
@@ -43,11 +43,12 @@ def logdet_update(
     """The log-determinant after an update: log|A + w X^T X| = log|A| + log|I_n + w X A^-1 X^T|. Differentiable in all.
 
     Raises ValueError for NaN, inf, w < 0 or a factor whose diagonal is not positive."""
-    x, factor = finite_tensor(X, 'X').double(), finite_tensor(chol_A, 'chol_A').double()
+    x, factor = finite_tensor(X, 'X').double(), floating_tensor(chol_A, 'chol_A').double()
     if factor.shape[-2:] != (x.shape[-1],)*2:
         raise ValueError(f'chol_A {list(chol_A.shape)}, X {list(X.shape)}: X must be as wide as chol_A')
     w, diagonal = torch.as_tensor(w, dtype=torch.float64, device=x.device), factor.diagonal(dim1=-2, dim2=-1)
     if not ((w >= 0) & w.isfinite()).all(): raise ValueError('w must be finite and >= 0')
-    if not (diagonal > 0).all(): raise ValueError('chol_A is no Cholesky factor: pass torch.linalg.cholesky(A)')
+    if not ((diagonal > 0) & diagonal.isfinite()).all(): raise ValueError('chol_A is no Cholesky factor: pass torch.linalg.cholesky(A)')
     v = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
+    finite_tensor(v, 'chol_A^-1 X')  # looks at fewer numbers than chol_A has, and at what each of them does
     return (2*diagonal.log().sum(-1) + _logdet_eye_plus(v, w)).to(result_dtype(X))
