@@ -79,7 +79,8 @@ def all_rows_and_all_centres(x, centers, max_iter):
 
 @some
 @given(n=st.integers(5, 300), m=st.integers(1, 5), k=st.integers(1, 9), seed=st.integers(0, 99),
-       max_iter=st.sampled_from([0, 1, 2, 5, 100]), dtype=st.sampled_from([torch.float32, torch.float64]), apart=st.sampled_from([0., 1., 30.]))
+       max_iter=st.sampled_from([0, 1, 2, 5, 100]), dtype=st.sampled_from([torch.float32, torch.float64]),
+       apart=st.sampled_from([0., 1., 30.]))
 def test_bounds_change_nothing(n, m, k, seed, max_iter, dtype, apart):
     g, k = rng(seed), min(k, n)
     x = torch.randn(n, m, generator=g) + apart*torch.randn(k, m, generator=g)[torch.arange(n) % k]
