@@ -86,7 +86,7 @@ class DecoderAttack(Attack):
 
     def training(self, attacker: nn.Module, model: SplitModel, train: Split, seed: int) -> tuple[dict, Callable]:
         "What a checkpoint holds, by name, and the step on a batch (x, z)."
-        opt = torch.optim.Adam(attacker.parameters(), self.lr, weight_decay=self.weight_decay)
+        opt = torch.optim.Adam(attacker.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
         return dict(attacker=attacker, opt=opt), lambda x, z: squared_error_step(attacker, opt, x, z)
 
     def lr_at(self, epoch: float) -> float:

@@ -111,8 +111,8 @@ class GAN(DecoderAttack):
     def training(self, attacker, model, train, seed):
         "Networks and optimisers, and the step on a batch (x, z): mse, wasserstein (estimate of W) and penalty."
         with seeded(seed, self.name, 'init', device=train.x.device): critic = self.networks(model, train)[1]
-        opt = torch.optim.Adam(attacker.parameters(), self.lr, (0.5, 0.9), weight_decay=self.weight_decay)
-        critic_opt = torch.optim.Adam(critic.parameters(), self.lr, (0.5, 0.9))
+        opt = torch.optim.Adam(attacker.parameters(), self.lr, (0.5, 0.9), weight_decay=self.weight_decay, fused=True)
+        critic_opt = torch.optim.Adam(critic.parameters(), self.lr, (0.5, 0.9), fused=True)
 
         def step(x: Tensor, z: Tensor) -> dict[str, Tensor]:
             x_hat = attacker(z)

@@ -97,7 +97,7 @@ def build_cem(experiment: Experiment, model: SplitModel, data: ImageData) -> CEM
 
 # %% ../nbs/5_run/02_training.ipynb #e45613c8
 def optimizer(t: TrainSettings, model: SplitModel) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay, nesterov=t.nesterov)
+    return torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay, nesterov=t.nesterov, fused=True)
 
 
 def train_step(model: SplitModel, defense: Defense, cem: CEM | None, opt, x: Tensor, y: Tensor, ramp: float) -> Tensor:

@@ -41,7 +41,7 @@ def test_a_plain_loop_gives_the_same_bits(digits):
     attacker, history = train_attack(DecoderAttack(**TINY), model, digits.train, seed=3)
     torch.manual_seed(stage_seed(3, 'decoder', 'init'))
     net = Decoder(feature_shape(model, (1, 16, 16)), (1, 16, 16), 8, 0).to(memory_format=torch.channels_last)
-    opt = torch.optim.Adam(net.parameters(), 0.005, weight_decay=1e-4)
+    opt = torch.optim.Adam(net.parameters(), 0.005, weight_decay=1e-4, fused=True)
     for epoch in range(2):
         torch.manual_seed(stage_seed(3, 'decoder', epoch))
         opt.param_groups[0]['lr'] = cosine(0.005, 1e-5, epoch/2)
