@@ -12,8 +12,8 @@ from cem_nb.decoder import DecoderAttack
 from cem_nb.experiment import Experiment
 from cem_nb.gan import GAN
 from cem_nb.mixture import GaussianMixture
-from cem_nb.speed import (attack_step, fit_memory, limits, photo_features, photo_patches, share_of_limit, textbook_step, time_fits,
-                          time_steps, training_step)
+from cem_nb.speed import (attack_step, cem_step, fit_memory, limits, photo_features, photo_patches, share_of_limit, textbook_step,
+                          time_fits, time_steps, training_step)
 from cem_nb.training import build, train_step
 
 SMALL = Experiment().replace(width=0.125, batch_size=8, lr=0.01, momentum=0.0, weight_decay=0.0)
@@ -79,12 +79,23 @@ def test_the_attacks_step_is_the_attacks(attack, patches):
     assert errors[-1] < errors[0]
 
 
+def test_what_cem_adds_is_its_gradient_and_its_update(patches, monkeypatch):
+    seen, real = [], speed.build_cem
+    monkeypatch.setattr(speed, 'build_cem', lambda *a: seen.append(real(*a)) or seen[-1])
+    step = cem_step(SMALL.replace(cem=True), patches)
+    cem, = seen
+    before = cem.Sigma.clone()
+    slope, = step()
+    assert slope.shape[0] == 8 and slope.isfinite().all() and slope.abs().max() > 0 and not cem.Sigma.equal(before)
+
+
 def test_steps_are_named_and_held_against_the_textbooks_in_their_own_round(patches, monkeypatch):
-    rounds = np.array([[1., 2., 3.], [10., 40., 10.], [2., 2., 8.]])
+    rounds = np.array([[1., 2., 3., 4.], [10., 40., 10., 20.], [2., 2., 8., 1.]])
     monkeypatch.setattr(speed, 'side_by_side', lambda calls, device, warmup, n: rounds)
-    found = time_steps(SMALL, dict(a=SMALL), dict(b=SMALL.replace(attacks=(DecoderAttack(width=8, blocks=0, batch_size=16),))), patches)
-    assert found.index.tolist() == ['textbook', 'a', 'b']
-    assert found.seconds.tolist() == [2, 2, 8] and found.ratio.tolist() == [1, 2, 3]
+    attack = DecoderAttack(width=8, blocks=0, batch_size=16)
+    found = time_steps(SMALL, dict(a=SMALL.replace(cem=True)), dict(b=SMALL.replace(attacks=(attack,))), patches)
+    assert found.index.tolist() == ['textbook', 'a', 'b', 'a, by itself']
+    assert found.seconds.tolist() == [2, 2, 8, 4] and found.ratio.tolist() == [1, 2, 3, 2]
     assert (found.q25 <= found.ratio).all() and (found.ratio <= found.q75).all()
 
 
