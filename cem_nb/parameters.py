@@ -11,7 +11,7 @@ __all__ = ['Seeds', 'Lams', 'PositiveLams', 'Cuts', 'NoiseStds', 'Methods', 'Att
 import ast, difflib, os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -88,6 +88,8 @@ class TableParameters(SweepParameters):
     restarts: Count = 1
     arch: NETWORKS.Name = ModelSettings().arch
     image_size: int | None = None  # None: the data set's own
+    width: Positive | None = None  # None: the preset's
+    precision: Literal['float32', 'bf16'] | None = None  # None: the preset's
 
     def model_post_init(self, _):
         if self.lam and not self.noise_std: raise ValueError('CEM needs noise; give a noise_std > 0, or lam 0')
@@ -98,7 +100,8 @@ class TableParameters(SweepParameters):
 def table_base(p: TableParameters) -> Experiment:
     "The experiment that all rows of a table start from."
     attacks = tuple(ATTACKS[a](restarts=p.restarts if ATTACKS[a].trained else 1) for a in p.attacks)
-    return preset(p.preset, attacks, dataset=p.dataset, image_size=p.image_size, arch=p.arch, noise_std=p.noise_std)
+    own = {k: v for k, v in dict(width=p.width, precision=p.precision).items() if v is not None}
+    return preset(p.preset, attacks, dataset=p.dataset, image_size=p.image_size, arch=p.arch, noise_std=p.noise_std, **own)
 
 
 def with_and_without(methods: Iterable[str], **cem) -> list[dict[str, Any]]:

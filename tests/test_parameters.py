@@ -3,7 +3,7 @@ import os
 import pytest
 
 from cem_nb.core import NonNegative, Record
-from cem_nb.experiment import Experiment
+from cem_nb.experiment import Experiment, preset
 from cem_nb.methods import DEFENSES
 from cem_nb.parameters import ParameterError, TableParameters, as_items, changed, read_parameters, table_base, table_rows
 
@@ -46,6 +46,11 @@ def test_rows_are_the_papers_and_lam_zero_leaves_those_without_cem():
     assert [(a.name, a.restarts) for a in base.attacks] == [('decoder', 3), ('oracle', 1)]
     assert (base.data.dataset, base.data.image_size, base.model.noise_std, base.preset) == ('folder:x', 48, 0.1, 'quick')
     assert {base.replace(**r).row for r in rows} >= {'No_defense', 'PATROL+CEM'}
+    assert table_base(TableParameters(preset='fast')).engine.precision == 'bf16' and base.engine.precision == 'float32'
+    wide = table_base(TableParameters(preset='fast', width=1, precision='float32'))
+    assert wide.model.width == 1 and wide.engine.precision == 'float32' and wide.training == preset('fast').training
+    with pytest.raises(ParameterError, match='precision'): read_parameters(dict(precision='half'))
+    with pytest.raises(ParameterError, match='width'): read_parameters(dict(width=0.0))
 
 
 @pytest.mark.parametrize('bad', [dict(seeds=[[0, 1]]), dict(methods=[['Bottleneck']]), dict(seeds={'a': 1}), dict(seeds='0_1'),
