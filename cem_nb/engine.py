@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROCESSOR', 'pick_device', 'outside_autocast', 'full_precision', 'without_autocast', 'float32_by_default',
-           'EngineSettings', 'using', 'can_compile', 'has_bf16', 'networks', 'in_words', 'engine']
+           'EngineSettings', 'using', 'can_compile', 'has_bf16', 'networks', 'in_words', 'computed_on', 'engine']
 
 # %% ../nbs/1_base/08_engine.ipynb #869fef8a
 import warnings
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .core import Record, floating_tensor
+from .core import Record, floating_tensor, provenance
 from .files import RunError
 
 # %% ../nbs/1_base/08_engine.ipynb #eb7bf2df
@@ -154,6 +154,11 @@ def in_words(settings: EngineSettings, device: torch.device) -> str:
     "What is said of a run behind the hardware; nothing of the defaults."
     bf16 = '' if settings.precision == 'float32' else ', bf16' if has_bf16(device.type) else ', float32 for want of bf16'
     return bf16 + ', compiled'*(settings.compile and can_compile(str(device)))
+
+
+def computed_on(device: torch.device) -> str:
+    "The hardware, and what `in_words` says of the settings in use."
+    return provenance(device)['hardware'] + in_words(_settings.get(), device)
 
 
 @contextmanager

@@ -27,11 +27,11 @@ from .cem import CEMS
 from .core import own_source, provenance, runs_dir, seeded
 from .data import DataError, ImageData, to_float
 from .datasets import shared_data
-from .engine import EngineSettings, in_words, using
+from .engine import EngineSettings, computed_on, using
 from .experiment import DataSettings, Experiment, TrainSettings
 from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, being_run, check_free, drop_checkpoints, read_record,
                           read_sealed, reading, sealed_digests, write_sealed, write_then_rename, writing)
-from .loop import seconds_in
+from .loop import hardware_in, seconds_in
 from .methods import DEFENSES
 from .models import NETWORKS, SplitModel, feature_shape, n_params, registered_with
 from .training import DivergedError, accuracy, build, build_cem, train
@@ -247,12 +247,12 @@ def _scores(data: ImageData, score) -> dict: return {k: score(s) for k in ('trai
 
 @contextmanager
 def _timed(part: Path, device: torch.device, settings: EngineSettings):
-    "Seconds in all sessions, whether there was more than one, and where; known at the end."
-    checkpoints, start = [*part.glob('checkpoint*.pt')], time.perf_counter()
-    earlier, made = sum(map(seconds_in, checkpoints)), {}
+    "Seconds in all sessions, whether there was more than one, and on what; known at the end."
+    checkpoints, start, made = [*part.glob('checkpoint*.pt')], time.perf_counter(), {}
+    earlier, hardware = sum(map(seconds_in, checkpoints)), [h for c in checkpoints for h in hardware_in(c)]
     yield made
-    where = provenance(device)
-    made |= where | dict(hardware=where['hardware'] + in_words(settings, device), seconds=time.perf_counter() - start + earlier,
+    with using(settings): hardware.append(computed_on(device))
+    made |= provenance(device) | dict(hardware='; '.join(dict.fromkeys(hardware)), seconds=time.perf_counter() - start + earlier,
                          resumed=bool(checkpoints), at=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 

@@ -6,7 +6,7 @@ import torch
 
 from cem_nb.core import stage_seed
 from cem_nb.files import read_stamped, stamped
-from cem_nb.loop import epochs, seconds_in
+from cem_nb.loop import epochs, hardware_in, seconds_in
 
 
 def fit(n, path, stop=None):
@@ -87,6 +87,16 @@ def test_seconds_are_those_of_all_sessions(tmp_path):
     assert 1000 < seconds_in(path) < 1010
     path.write_bytes(b'half')
     assert seconds_in(path) == 0
+
+
+def test_what_was_begun_elsewhere_says_so(tmp_path):
+    path = saved_after(tmp_path)
+    here, = hardware_in(path)
+    put(path, contents(path) | dict(hardware=['another machine, bf16']))
+    fit(6, path)
+    assert hardware_in(path) == ['another machine, bf16', here]
+    put(path, {k: v for k, v in contents(path).items() if k != 'hardware'})  # as it was before
+    assert hardware_in(path) == hardware_in(tmp_path/'none.pt') == []
 
 
 def test_an_epoch_that_keeps_nothing_is_an_error():

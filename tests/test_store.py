@@ -248,7 +248,7 @@ def test_a_file_where_a_run_belongs_is_said_before_the_training(monkeypatch):
     with pytest.raises(RunError, match='is no folder'): one()
 
 
-def test_seconds_of_a_resumed_run_are_those_of_all_sessions(monkeypatch):
+def test_seconds_and_hardware_of_a_resumed_run_are_those_of_all_sessions(monkeypatch):
     class Stop(Exception): pass
     def first_epoch_only(*a, **k):
         if k.get('epoch', a[-1]): raise Stop
@@ -257,8 +257,11 @@ def test_seconds_of_a_resumed_run_are_those_of_all_sessions(monkeypatch):
     real = training.train_epoch
     with monkeypatch.context() as m:
         m.setattr(training, 'train_epoch', first_epoch_only)
+        m.setattr('cem_nb.engine.provenance', lambda device: dict(hardware='another machine'))
         with pytest.raises(Stop): one()
-    row = measured(one())
+    done = one()
+    assert done.result['hardware'].split('; ') == ['another machine', provenance(torch.device('cpu'))['hardware']]
+    row = measured(done)
     assert row['resumed_train'] and not row['resumed_decoder'] and row['seconds_train'] >= 0.5
 
 
