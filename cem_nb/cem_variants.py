@@ -60,15 +60,15 @@ class FullCEM(CEM):
     def batch(self, z_hat, y):
         n, X = deviations(z_hat, assign(z_hat, self.mu), self.mu)
         pi = eq5(self.pi, n, self.N)
-        l_c, Sigma = self.update(pi, n, X)
+        l_c, Sigma = self.loss_and_covariances(pi, n, X)
         return l_c.to(z_hat.dtype), pi, Sigma
 
-    def update(self, pi, n, X):
-        "Eq. 7, differentiable in X without an m x m graph, and Eq. 6, in which each matrix is written as few times as can be."
+    def loss_and_covariances(self, pi, n, X):
+        "Eq. 7, differentiable in X without an m x m graph, and `eq6`, term by term: each matrix is written as few times as can be."
         a, m, var = share_of_batch(pi, n, self.N).double(), X.shape[-1], self.noise_std**2
         with torch.no_grad():
             Sigma = (1 - a)[:, None, None]*self.Sigma  # what is carried
-            diagonal = Sigma.diagonal(dim1=1, dim2=2)
+            diagonal = Sigma.diagonal(dim1=1, dim2=2)  # the noise is lent to it while the factors, which are copies, are computed
             alone = diagonal.clone()
             diagonal += var
             factor = cholesky(Sigma, f'noise_std = {self.noise_std} is too little beside the features: covariance')
@@ -89,7 +89,7 @@ class FullPairwiseCEM(FullCEM):
     "Full covariances under the pairwise bound, whose graph holds the matrices; 4 s a batch at 512 dimensions on a CPU."
     bound = PairwiseCEM.bound
 
-    def update(self, pi, n, X):
+    def loss_and_covariances(self, pi, n, X):
         Sigma = eq6(pi, self.Sigma, n, self.N, X.mT @ X)
         return self.bound(pi, Sigma), Sigma
 

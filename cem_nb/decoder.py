@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attack import Attack, AttackDivergedError, register_attack, some_images
 from .core import Count, NonNegative, Positive
 from .data import Split, batches, n_batches
-from .loop import cosine, epochs, one_cycle, set_rates
+from .loop import cosine, epochs, fused, one_cycle, set_rates
 from .models import Decoder, SplitModel, evaluating, feature_shape
 
 # %% ../nbs/4_attack/02_decoder.ipynb #f1b5131a
@@ -86,7 +86,7 @@ class DecoderAttack(Attack):
 
     def training(self, attacker: nn.Module, model: SplitModel, train: Split, seed: int) -> tuple[dict, Callable]:
         "What a checkpoint holds, by name, and the step on a batch (x, z)."
-        opt = torch.optim.Adam(attacker.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
+        opt = fused(torch.optim.Adam, attacker, self.lr, weight_decay=self.weight_decay)
         return dict(attacker=attacker, opt=opt), lambda x, z: squared_error_step(attacker, opt, x, z)
 
     def lr_at(self, epoch: float) -> float:

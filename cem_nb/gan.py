@@ -16,6 +16,7 @@ from .attack import register_attack
 from .core import Count, NonNegative, seeded
 from .data import Split
 from .decoder import DecoderAttack
+from .loop import fused
 from .models import Decoder, SplitModel
 
 # %% ../nbs/4_attack/03_gan.ipynb #4244d7e4
@@ -111,8 +112,8 @@ class GAN(DecoderAttack):
     def training(self, attacker, model, train, seed):
         "Networks and optimisers, and the step on a batch (x, z): mse, wasserstein (estimate of W) and penalty."
         with seeded(seed, self.name, 'init', device=train.x.device): critic = self.networks(model, train)[1]
-        opt = torch.optim.Adam(attacker.parameters(), self.lr, (0.5, 0.9), weight_decay=self.weight_decay, fused=True)
-        critic_opt = torch.optim.Adam(critic.parameters(), self.lr, (0.5, 0.9), fused=True)
+        opt = fused(torch.optim.Adam, attacker, self.lr, (0.5, 0.9), weight_decay=self.weight_decay)
+        critic_opt = fused(torch.optim.Adam, critic, self.lr, (0.5, 0.9))
 
         def step(x: Tensor, z: Tensor) -> dict[str, Tensor]:
             x_hat = attacker(z)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .core import cholesky, finite_tensor, number, one_of, whole
-from .kmeans import block_sums, blocks, centred, draw, lloyd, same_width, seeding
+from .engine import without_autocast
+from .kmeans import block_sums, blocks, centred, draw, lloyd, nearest, same_width, seeding
 
 # %% ../nbs/2_theory/05_mixture.ipynb #ffe61e74
 def checked_components(
@@ -61,15 +62,16 @@ def logdet(
 FAR = {torch.float64: 1e10, torch.float32: 1e5}  # c^T S^-1 c from which the expansion would be off by 2e-6, or 1e-2
 
 
-def _mahalanobis_diagonal(mu, s, dtype):
-    "A function of rows [n, m] of that type and their squares to (x_n - mu_i)^T S_i^-1 (x_n - mu_i) [k, n], for variances."
-    p = 1/(s if s.ndim == 2 else s[:, None].expand_as(mu))  # precisions
-    size = (mu.square()*p).sum(1, keepdim=True)
-    far = (size.detach() > FAR[dtype]).nonzero()[:, 0]
-    mu, p, mp, size = (t.to(dtype) for t in (mu, p, mu*p, size))
+def _mahalanobis_diagonal(mu, s, dtype, shift, square):
+    "A function of rows [n, m] of that type to (x_n - mu_i)^T S_i^-1 (x_n - mu_i) [k, n], for variances; expanded about `shift`."
+    p, c = 1/(s if s.ndim == 2 else s[:, None].expand_as(mu)), mu - shift  # precisions, and means about it
+    size = (c.square()*p).sum(1, keepdim=True)
+    far, as_it_is = (size.detach() > FAR[dtype]).nonzero()[:, 0], not shift.any()
+    mu, p, cp, size, shift = (t.to(dtype) for t in (mu, p, c*p, size, shift))
 
-    def d2(x, squares):
-        expanded = torch.addmm(torch.addmm(size, mp, x.T, alpha=-2), p, squares.T).clamp_min(0)
+    def d2(x):
+        r = x if as_it_is else x - shift
+        expanded = torch.addmm(torch.addmm(size, cp, r.T, alpha=-2), p, square(r).T).clamp_min(0)
         if not len(far): return expanded
         return expanded.index_copy(0, far, torch.stack([(x - mu[i]).square() @ p[i] for i in far]))
 
@@ -79,15 +81,15 @@ def _mahalanobis_diagonal(mu, s, dtype):
 def _mahalanobis_full(mu, s):
     "The same for full components, in float64."
     solve, factors = torch.linalg.solve_triangular, cholesky(s)
-    return lambda x, squares: torch.stack([solve(factor, (x - c).T, upper=False).square().sum(0) for factor, c in zip(factors, mu)])
+    return lambda x: torch.stack([solve(factor, (x - c).T, upper=False).square().sum(0) for factor, c in zip(factors, mu)])
 
 # %% ../nbs/2_theory/05_mixture.ipynb #1c3d2e4a
-def _log_prob(mu, s, dtype):
-    "A function of rows [n, m] of that type, roughly centred as `mu`, and of their squares to their `component_log_prob`, [k, n]."
-    d2 = _mahalanobis_full(mu, s) if s.ndim == 3 else _mahalanobis_diagonal(mu, s, dtype)
+def _log_prob(mu, s, dtype, shift, square=torch.square):
+    "A function of rows [n, m] of that type to their `component_log_prob`, [k, n]; the parameters are checked, and in float64."
+    d2 = _mahalanobis_full(mu, s) if s.ndim == 3 else _mahalanobis_diagonal(mu, s, dtype, shift, square)
     m = mu.shape[1]
     volume = (m*math.log(2*math.pi) + logdet(s, m)).to(dtype)[:, None]
-    return lambda x, squares: -0.5*(volume + d2(x, squares))
+    return lambda x: -0.5*(volume + d2(x))
 
 # %% ../nbs/2_theory/05_mixture.ipynb #fa63bf25
 def component_log_prob(
@@ -99,14 +101,14 @@ def component_log_prob(
 
     Raises ValueError for NaN, inf, unequal widths or a covariance that is not positive definite."""
     mu, s = checked_components(means, covariances)
-    shift = mu.detach().mean(0)
-    x, log_prob = same_width(x, mu)[0] - shift, _log_prob(mu - shift, s, torch.float64)
-    return torch.cat([log_prob(b, b.square()).T for b in blocks(x, len(mu))])
+    log_prob = _log_prob(mu, s, torch.float64, mu.detach().mean(0))
+    return torch.cat([log_prob(b).T for b in blocks(same_width(x, mu)[0], len(mu))])
 
 # %% ../nbs/2_theory/05_mixture.ipynb #2d25ed6b
 def _bayes(joint):
     "From log pi_i + log N(x_n; mu_i, S_i), [k, n], the log-likelihoods [n] and responsibilities [k, n]."
-    least, best = math.ceil(math.log(torch.finfo(joint.dtype).tiny)), joint.amax(0)
+    info = torch.finfo(joint.dtype)
+    least, best = math.ceil(math.log(info.tiny)), joint.amax(0).clamp_min(info.min)
     r = joint - best
     seen = r > least  # where exp underflows it takes ten times as long
     r = r.clamp_min_(least).exp_().mul_(seen)
@@ -116,18 +118,18 @@ def _bayes(joint):
 
 @torch.no_grad()
 def e_step(
-    x: Tensor,   # as `centred` gives it, [N, m]; float64 where `s` is full
+    x: Tensor,   # [N, m], float64, or float32 with `s` spherical or diagonal
     w: Tensor,   # weights pi_i [k]
     mu: Tensor,  # means mu_i [k, m]
     s: Tensor,   # covariances S_i
+    shift: Tensor | None = None,  # what x lies about, [m]; None: 0, for x as `centred` gives it
 ) -> tuple[Tensor, Tensor]:  # log-likelihood of each row [N] and responsibilities r [N, k], in the precision of x
-    "Bayes' rule, in blocks of rows."
-    log_prob, log_w = _log_prob(mu, s, x.dtype), w.log().to(x.dtype)[:, None]
-    log_p, resp = [], x.new_empty(len(w), len(x))
+    "Bayes' rule, in blocks of rows. No gradient."
     room = torch.empty_like(blocks(x, len(w))[0])  # for squares; a fresh place for each block takes longer than they do
+    log_prob = _log_prob(mu, s, x.dtype, torch.zeros_like(mu[0]) if shift is None else shift, lambda b: torch.square(b, out=room[:len(b)]))
+    log_w, log_p, resp = w.log().to(x.dtype)[:, None], [], x.new_empty(len(w), len(x))
     for b, of_block in zip(blocks(x, len(w)), blocks(resp.T, x.shape[1])):
-        squares = torch.square(b, out=room[:len(b)])
-        found, r = _bayes(log_prob(b, squares) + log_w)
+        found, r = _bayes(log_prob(b) + log_w)
         log_p.append(found)
         of_block.copy_(r.T)
     return torch.cat(log_p), resp.T
@@ -162,13 +164,14 @@ def _full_covariances(x, resp, means, size, reg_covar):
     return cov
 
 # %% ../nbs/2_theory/05_mixture.ipynb #72f88cf0
+@torch.no_grad()
 def m_step(
     x: Tensor,             # as `centred` gives it, [N, m]; float64 for 'full'
     resp: Tensor,          # responsibilities r [N, k]
     covariance_type: str,  # 'spherical', 'diag' or 'full'
     reg_covar: float,      # gamma, added to every variance
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Weights, means and covariances that fit the responsibilities best."
+    "Weights, means and covariances that fit the responsibilities best. No gradient."
     size = resp.sum(0, dtype=torch.float64) + 10*torch.finfo(torch.float64).eps  # an empty component divides by this, not by zero
     room = torch.empty_like(blocks(x)[0])
 
@@ -222,7 +225,7 @@ def k_means_start(
         order = draw(torch.rand, len(x), generator=generator, device=x.device).argsort()
         some, rounds = x[order[:SAMPLE*k]], 20
     centers, labels = lloyd(some, seeding(some, k, generator), rounds)
-    if some is not x: labels = lloyd(x, centers, 0)[1]
+    if some is not x: labels = nearest(x, x.new_zeros(()), centers)[0]
     return torch.nn.functional.one_hot(labels, k).to(x.dtype)
 
 
@@ -242,7 +245,7 @@ def best_of_restarts(
 
 # %% ../nbs/2_theory/05_mixture.ipynb #dbeefc88
 class FittedMixture:
-    "A mixture sum_i pi_i N(mu_i, S_i) with `weights_` [k], `means_` [k, m] and `covariances_`; x is [N, m] everywhere."
+    "A mixture sum_i pi_i N(mu_i, S_i) with `weights_` [k], `means_` [k, m] and `covariances_`; x is [N, m] everywhere. No gradients."
 
     def params(self) -> tuple[Tensor, Tensor, Tensor]:
         "Weights, means and covariances. Raises `ValueError` before a fit."
@@ -251,8 +254,7 @@ class FittedMixture:
 
     def _posterior(self, x):
         w, mu, s = self.params()
-        shift = mu.mean(0)
-        return e_step(same_width(x, mu)[0] - shift, w, mu - shift, s)
+        return e_step(same_width(x, mu)[0], w, mu, s, mu.mean(0))
 
     def score_samples(self, x: Tensor) -> Tensor:
         "Log-density of each row [N], nats."
@@ -317,6 +319,7 @@ class GaussianMixture(FittedMixture):
             self.random_state = whole(least=0, random_state=self.random_state)
         one_of('spherical', 'diag', 'full', covariance_type=self.covariance_type)
 
+    @without_autocast
     @torch.no_grad()
     def fit(self, x: Tensor) -> 'GaussianMixture':
         "Fit to features [N, m], N >= n_components; a fit that raises leaves the parameters in place as they were."

@@ -84,7 +84,7 @@ def cem_step(
     cem = _fitted_cem(e, model, data)
     x, y = next(batches(data.train, e.training.batch_size))
     z_hat = model.encode(x).detach().requires_grad_()
-    return lambda: torch.autograd.grad(cem(z_hat, y), z_hat)
+    return lambda: torch.autograd.grad(z_hat.sum() + cem(z_hat, y), z_hat)  # `balanced` needs another loss beside it
 
 
 @contextmanager

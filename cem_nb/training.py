@@ -22,7 +22,7 @@ from .data import ImageData, Split, batches, n_batches
 from .defense import Defense, make_defense
 from .engine import float32_by_default, using, without_autocast
 from .experiment import Experiment, TrainSettings
-from .loop import epochs, one_cycle, set_rates
+from .loop import epochs, fused, one_cycle, set_rates
 from .models import SplitModel, evaluating
 
 # %% ../nbs/5_run/02_training.ipynb #b91ca94d
@@ -97,7 +97,7 @@ def build_cem(experiment: Experiment, model: SplitModel, data: ImageData) -> CEM
 
 # %% ../nbs/5_run/02_training.ipynb #e45613c8
 def optimizer(t: TrainSettings, model: SplitModel) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay, nesterov=t.nesterov, fused=True)
+    return fused(torch.optim.SGD, model, t.lr, t.momentum, weight_decay=t.weight_decay, nesterov=t.nesterov)
 
 
 def train_step(model: SplitModel, defense: Defense, cem: CEM | None, opt, x: Tensor, y: Tensor, ramp: float) -> Tensor:

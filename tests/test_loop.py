@@ -6,7 +6,7 @@ import torch
 
 from cem_nb.core import stage_seed
 from cem_nb.files import read_stamped, stamped
-from cem_nb.loop import epochs, hardware_in, seconds_in
+from cem_nb.loop import epochs, fused, hardware_in, seconds_in
 
 
 def fit(n, path, stop=None):
@@ -87,6 +87,19 @@ def test_seconds_are_those_of_all_sessions(tmp_path):
     assert 1000 < seconds_in(path) < 1010
     path.write_bytes(b'half')
     assert seconds_in(path) == 0
+
+
+@pytest.mark.parametrize('kind, settings', [(torch.optim.Adam, dict(lr=0.1)), (torch.optim.SGD, dict(lr=0.1, momentum=0.9))])
+def test_a_fused_step_takes_gradients_of_any_layout(kind, settings):
+    nets = [torch.nn.Conv2d(4, 4, 3) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    opts = fused(kind, nets[0], **settings), kind(nets[1].parameters(), **settings)
+    for step in range(3):
+        slope = torch.randn(4, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+        for net, opt in zip(nets, opts):
+            net.weight.grad = slope.clone()
+            opt.step()
+    assert torch.allclose(nets[0].weight, nets[1].weight, atol=1e-6)
 
 
 def test_what_was_begun_elsewhere_says_so(tmp_path):

@@ -255,6 +255,45 @@ def test_variances_of_nothing_stay_at_reg_covar_in_float32(large):
     assert torch.allclose(s, torch.full_like(s, 1e-12), rtol=1e-6)
 
 
+def test_ambient_autocast_changes_no_fit(large):
+    x = float32_blobs()
+    fit = lambda: GaussianMixture(5, max_iter=5, tol=0, random_state=0).fit(x)
+    want = fit()
+    with torch.autocast('cpu', torch.bfloat16): got = fit()
+    assert got.means_.equal(want.means_) and got.lower_bound_ == want.lower_bound_
+
+
+@pytest.mark.parametrize('width', [1., 1e-3])
+@pytest.mark.parametrize('far', [1e8, 1e12, 1e16])
+@pytest.mark.parametrize('form', ['diag', 'full'])
+def test_a_far_component_takes_no_digits_from_the_density_of_a_near_one(form, far, width):
+    mu, x = torch.tensor([[0., 0.], [far, far]]).double(), width*torch.randn(5, 2, generator=rng(0)).double()
+    s = torch.full((2, 2), width**2).double()
+    want = torch.distributions.Normal(mu[0], width).log_prob(x).sum(1)
+    assert torch.allclose(component_log_prob(x, mu, s if form == 'diag' else s.diag_embed())[:, 0], want, rtol=1e-9)
+    gm = GaussianMixture(2)
+    gm.weights_, gm.means_, gm.covariances_ = torch.tensor([0.5, 0.5]).double(), mu, s if form == 'diag' else s.diag_embed()
+    assert torch.allclose(gm.score_samples(x), want - math.log(2), rtol=1e-9)
+
+
+def test_rows_far_from_the_origin_and_from_all_components():
+    gm = GaussianMixture(2, random_state=0).fit(torch.randn(50, 3, generator=rng(0)))
+    score = gm.score_samples(torch.tensor([[0.]*3, [1e155]*3, [1e300]*3], dtype=torch.float64))
+    assert score[0].isfinite() and (score[1:] == -math.inf).all()
+    c = 1e6 + torch.randn(40, 3, generator=rng(1)).double()
+    gm.fit(c)
+    each = torch.distributions.MultivariateNormal(gm.means_, gm.covariances_.diag_embed()).log_prob(c[:, None])
+    assert torch.allclose(component_log_prob(c, gm.means_, gm.covariances_), each, rtol=1e-7)
+    assert torch.allclose(gm.score_samples(c), (each + gm.weights_.log()).logsumexp(1), rtol=1e-7)
+
+
+def test_what_underflows_is_no_responsibility():
+    "So that a second pass looks at the rows of its component alone."
+    x = torch.cat([torch.randn(20, 4, generator=rng(0)), 200 + torch.randn(20, 4, generator=rng(1))]).double()
+    gm = GaussianMixture(2, random_state=0).fit(x)
+    assert ((gm.predict_proba(x) > 0).sum(1) == 1).all()
+
+
 def test_a_start_from_a_sample_is_no_worse_than_scikit_learns(monkeypatch):
     monkeypatch.setattr('cem_nb.mixture.SAMPLE', 40)
     x = float32_blobs(4000, 6, 8)
