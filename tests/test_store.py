@@ -377,7 +377,7 @@ def test_an_attack_that_is_not_registered_any_more_has_a_name(monkeypatch):
 
 def test_a_run_says_where_its_attacks_were_computed(monkeypatch):
     one(attacks=())
-    monkeypatch.setattr(store, 'provenance', lambda device: provenance(device) | dict(hardware='another machine'))
+    monkeypatch.setattr('cem_nb.engine.provenance', lambda device: provenance(device) | dict(hardware='another machine'))
     here, there = measured(one())['hardware'].split('; ')
     assert there == 'another machine' and here == provenance(torch.device('cpu'))['hardware']
 
