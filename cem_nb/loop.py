@@ -131,9 +131,9 @@ def epochs_in(checkpoint: Path) -> int:
     except Exception: return 0
 
 # %% ../nbs/1_base/09_loop.ipynb #86027fd6
-def _resume(checkpoint: Path | None, state: dict, history: list, n: int, device) -> tuple[int, float]:
-    "Bring `state` and `history` to where the checkpoint left them; the epochs that are done, and their seconds."
-    if not (checkpoint and checkpoint.is_file()): return 0, 0.0
+def _resume(checkpoint: Path | None, state: dict, history: list, n: int, device) -> tuple[int, float, list[str]]:
+    "Bring `state` and `history` to where the checkpoint left them; the epochs that are done, their seconds and hardware."
+    if not (checkpoint and checkpoint.is_file()): return 0, 0.0, []
     before = {name: deepcopy(obj.state_dict()) for name, obj in state.items()}
     try:
         saved = _read_checkpoint(checkpoint, device)
@@ -142,7 +142,7 @@ def _resume(checkpoint: Path | None, state: dict, history: list, n: int, device)
             raise ValueError('it is that of another training')
         for name, obj in state.items(): obj.load_state_dict(saved['state'][name])
         history[:] = kept
-        return len(history), seconds
+        return len(history), seconds, list(saved.get('hardware', ()))
     except (OSError, MemoryError, torch.OutOfMemoryError) as e:
         raise RunError(f'checkpoint {checkpoint} cannot be read just now ({e}); start again when it can: '
                        'nothing is wrong with it') from None
@@ -150,7 +150,7 @@ def _resume(checkpoint: Path | None, state: dict, history: list, n: int, device)
         with suppress(OSError): os.replace(checkpoint, checkpoint.with_suffix('.bad'))
         warnings.warn(f'checkpoint {checkpoint} cannot be used ({e}); starting from the first epoch')
         for name, obj in state.items(): obj.load_state_dict(before[name])
-        return 0, 0.0
+        return 0, 0.0, []
 
 # %% ../nbs/1_base/09_loop.ipynb #3704f0da
 @contextmanager
@@ -186,9 +186,8 @@ def epochs(
     The networks in `state` are computed as `using` says. The global generators of the CPU and of `device` are put back at the end. A
     checkpoint that cannot be written, or that is damaged or another's, is a warning: it costs time, never the run. One that cannot be
     read just now is a `RunError`: it may be whole."""
-    before = hardware_in(checkpoint) if checkpoint else []
-    first, seconds = _resume(checkpoint, state, history, n, device)
-    hardware = [*dict.fromkeys([*before*(first > 0), computed_on(device)])]
+    first, seconds, before = _resume(checkpoint, state, history, n, device)
+    hardware = [*dict.fromkeys([*before, computed_on(device)])]
     trained = [m for m in state.values() if isinstance(m, nn.Module)]
     with deterministic(), engine(*trained, device=device), _progress(label or stage, n, first) as progress:
         start = time.perf_counter() - seconds
