@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .core import Count, NonNegative, Positive, Registry, Seed, cholesky, finite_tensor, number, register, whole
+from .core import Count, NonNegative, Positive, Registry, Seed, cholesky, finite_tensor, number, register, shaped_tensor, whole
 from .engine import outside_autocast
-from .kmeans import assign
+from .kmeans import labels_of
 from .mixture import GaussianMixture
 
 # %% ../nbs/3_defend/01_cem.ipynb #a9d16385
@@ -33,7 +33,7 @@ def batch_moments(
     mu: Tensor,      # means, [k, m]
 ) -> tuple[Tensor, Tensor]:  # n [k], and the diagonal of Delta Sigma [k, m] (0 where no feature is)
     "Features in each cluster, and their mean square deviation from its stored mean."
-    hot = nn.functional.one_hot(labels, len(mu)).to(z_hat.dtype)
+    hot = (labels[:, None] == torch.arange(len(mu), device=labels.device)).to(z_hat.dtype)
     n = hot.sum(0)
     return n, hot.T @ (z_hat - mu[labels]).square()/n.clamp_min(1)[:, None]
 
@@ -172,7 +172,7 @@ class MixtureLoss(EpochMixture):
 
     def batch(self, z_hat, y):
         "L_C in nats, and the weights and covariances after the batch."
-        n, dSigma = batch_moments(z_hat, assign(z_hat, self.mu), self.mu)   # line 9
+        n, dSigma = batch_moments(z_hat, labels_of(z_hat, self.mu), self.mu)   # line 9
         pi = eq5(self.pi, n, self.N)                                        # line 11
         Sigma = eq6(pi, self.Sigma, n, self.N, dSigma)                      # line 12
         return self.bound(pi, Sigma), pi, Sigma                             # line 14
@@ -185,7 +185,9 @@ class MixtureLoss(EpochMixture):
         if not 0 < len(z_hat) <= self.N:
             raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, '
                              'or fit on more')
-        z_hat = at_least_float32(finite_tensor(z_hat, 'z_hat'))
+        # a GPU would have to wait for the answer: there NaN in gives NaN out, and the next fit refuses the features
+        look = finite_tensor if z_hat.device.type == 'cpu' else shaped_tensor
+        z_hat = at_least_float32(look(z_hat, 'z_hat'))
         if z_hat.shape[1] == self.mu.shape[1]: return z_hat.to(torch.promote_types(z_hat.dtype, self.mu.dtype))
         raise ValueError(f'the features are {z_hat.shape[1]} wide, those of the fit {self.mu.shape[1]}: match them')
 
@@ -268,5 +270,5 @@ class CEM(MixtureLoss):
         """The weighted loss of a batch; in training it also updates the mixture by Eq. 5 and 6.
 
         Raises `RuntimeError` before the first fit, `ValueError` for features that are NaN or inf, or more than were
-        fitted."""
+        fitted. A GPU does not wait to see NaN or inf: there the loss is NaN, and the next `fit` raises."""
         return self.weight*self.loss(z_hat, y)

@@ -50,7 +50,9 @@ def deviations(
 # %% ../nbs/3_defend/02_cem_variants.ipynb #aa017f23
 @register(CEMS, 'full')
 class FullCEM(CEM):
-    "Full covariances, in float64. Raises `ValueError` where they vary too much beside the noise for it."
+    """Full covariances, in float64. Raises `ValueError` where they vary too much beside the noise for it.
+
+    A GPU waits in every batch, for the sizes of the clusters and whether their matrices have factors."""
     def estimate(self, z_hat, y, generator):
         "Hard clusters about the means of a diagonal EM."
         _, mu, Sigma = super().estimate(z_hat, y, generator)
@@ -189,10 +191,10 @@ class ReleaseCEM(LetterCEM):
         if self.n_components % self.n_classes:
             raise ValueError(f'n_components is {self.n_components}; give a multiple of {self.n_classes} classes')
 
-    def labelled(self, z_hat, y):
-        "`y`, if it has a label that is a class for every feature; else `ValueError`."
+    def labelled(self, z_hat, y, look=True):
+        "`y`, if it has a label for every feature, and a class each where one looks; else `ValueError`."
         if y is None: raise ValueError('the release fits each class by itself; give labels, one for each feature')
-        if len(y) == len(z_hat) and ((y >= 0) & (y < self.n_classes)).all(): return y
+        if len(y) == len(z_hat) and (not look or ((y >= 0) & (y < self.n_classes)).all()): return y
         raise ValueError(f'{len(y)} labels for {len(z_hat)} features; give one for each, at least 0 and below {self.n_classes}')
 
     def check_images(self, y):
@@ -214,10 +216,11 @@ class ReleaseCEM(LetterCEM):
         return n/len(z_hat), mu, var.mean(1, keepdim=True)
 
     def batch(self, z_hat, y):
-        k, y = self.n_components//self.n_classes, self.labelled(z_hat, y)
+        k, y = self.n_components//self.n_classes, self.labelled(z_hat, y, look=y is None or y.device.type == 'cpu')
         d2 = (z_hat.detach()[:, None] - self.mu.view(self.n_classes, k, -1)[y]).square().sum(2)
         n, var = batch_moments(z_hat, y*k + d2.argmin(1), self.mu)
         a = (10*n/(self.pi*self.N/self.n_classes).clamp_min(1e-12)).clamp_max(0.99)
         v = (1 - a)*self.Sigma[:, 0] + a*var.mean(1)
-        loss = ((n > 0)*self.pi*hinge(v, self.noise_std)).sum()/y.unique().numel()
+        classes = (n.view(self.n_classes, k) > 0).any(1).sum()  # of the batch
+        loss = ((n > 0)*self.pi*hinge(v, self.noise_std)).sum()/classes
         return loss, self.pi, self.Sigma  # as they were: nothing is carried on

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Share', 'Count', 'Seed', 'project_dir', 'data_dir', 'runs_dir', 'results_dir',
            'committed_dir', 'Record', 'record_of', 'Registry', 'definition', 'register', 'of_this_package',
-           'own_source', 'number', 'variance_of', 'whole', 'one_of', 'floating_tensor', 'only_bytes', 'finite_tensor',
-           'finite_array', 'result_dtype', 'cholesky', 'stage_seed', 'seeded', 'provenance']
+           'own_source', 'number', 'variance_of', 'whole', 'one_of', 'floating_tensor', 'only_bytes', 'shaped_tensor',
+           'finite_tensor', 'finite_array', 'result_dtype', 'cholesky', 'stage_seed', 'seeded', 'provenance']
 
 # %% ../nbs/1_base/01_core.ipynb #c533a3b2
 import hashlib, inspect, json, math, numbers, os, platform, re, warnings
@@ -257,17 +257,27 @@ def only_bytes(x: Tensor) -> Tensor:
     raise TypeError(f'the images are {x.dtype}; give bytes (uint8, 0 to 255)')
 
 
-def finite_tensor(
+def shaped_tensor(
     x: Tensor,
     name: str,                # as it is called in messages
     ndim: int | tuple[int, ...] | None = None,  # axes, or what they may be; None: 2 or more, [N, ...]
 ) -> Tensor:
-    "`x`, if it is a floating point tensor of finite numbers with that many axes; else `TypeError` or `ValueError`."
+    "`x`, if it is a floating point tensor with that many axes; else `TypeError` or `ValueError`. No number of it is read."
     floating_tensor(x, name)
     allowed = ndim if isinstance(ndim, tuple) else (ndim,)
     if (x.ndim < 2 if ndim is None else x.ndim not in allowed) or 0 in x.shape[1:]:
         axes = '[N, ...]' if ndim is None else f'{" or ".join(map(str, allowed))} axes'
         raise ValueError(f'{name} has shape {list(x.shape)}; give {axes}, none of them empty')
+    return x
+
+
+def finite_tensor(
+    x: Tensor,
+    name: str,
+    ndim: int | tuple[int, ...] | None = None,
+) -> Tensor:
+    "`shaped_tensor`, of finite numbers; else `ValueError`. A GPU has to wait for the answer."
+    shaped_tensor(x, name, ndim)
     if x.numel() and not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN is the least and the largest
         raise ValueError(f'{name} holds NaN or inf; mend it first (a diverged encoder?)')
     return x

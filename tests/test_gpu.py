@@ -5,10 +5,12 @@ import torch
 from cem_nb import training
 from cem_nb.attack import ATTACKS, attack_from
 from cem_nb.cem import CEM
+from cem_nb.datasets import load_data
 from cem_nb.experiment import preset
 from cem_nb.parameters import TableParameters, table_rows
 from cem_nb.store import data_on, run
 from cem_nb.sweep import sweep
+from test_waits import ROWS, step_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 CUDA = torch.device('cuda', 0)
@@ -69,3 +71,12 @@ def test_regulariser():
         found.append((cem.l_c.cpu(), x.grad.cpu()))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0.05, atol=0.05)
     assert torch.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), 0) > 0.95
+
+
+@pytest.mark.parametrize(('name', 'variant'), ROWS, ids=lambda s: s or 'alone')
+def test_a_step_does_not_wait(name, variant):
+    step = step_of(load_data('digits'), name, variant, CUDA)
+    for _ in range(3): step()  # cuDNN and the balance look around first
+    torch.cuda.set_sync_debug_mode('error')
+    try: step()
+    finally: torch.cuda.set_sync_debug_mode('default')
