@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOSE', 'CEMS', 'eq5', 'batch_moments', 'share_of_batch', 'eq6', 'logdet_ratio', 'eq7', 'at_least_float32',
-           'MixtureState', 'EpochMixture', 'in_backward', 'MixtureLoss', 'CEM']
+           'MixtureState', 'EpochMixture', 'in_backward', 'carried', 'MixtureLoss', 'CEM']
 
 # %% ../nbs/3_defend/01_cem.ipynb #09a4a065
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .core import Count, NonNegative, Positive, Registry, Seed, cholesky, finite_tensor, number, register, shaped_tensor, whole
 from .engine import outside_autocast
-from .kmeans import labels_of
+from .kmeans import assign
 from .mixture import GaussianMixture
 
 # %% ../nbs/3_defend/01_cem.ipynb #a9d16385
@@ -166,13 +166,19 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def carried(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    "`new` if `ok`, else `old`; the host does not wait for a GPU."
+    if ok.device.type != 'cpu': return torch.where(ok, new, old)
+    return new if ok else old
+
+
 class MixtureLoss(EpochMixture):
     "L_C of a batch by Eq. 5 to 7; variants have another `batch` or `bound`."
     noise_std: float
 
     def batch(self, z_hat, y):
         "L_C in nats, and the weights and covariances after the batch."
-        n, dSigma = batch_moments(z_hat, labels_of(z_hat, self.mu), self.mu)   # line 9
+        n, dSigma = batch_moments(z_hat, assign(z_hat, self.mu, look=False), self.mu)   # line 9
         pi = eq5(self.pi, n, self.N)                                        # line 11
         Sigma = eq6(pi, self.Sigma, n, self.N, dSigma)                      # line 12
         return self.bound(pi, Sigma), pi, Sigma                             # line 14
@@ -185,7 +191,7 @@ class MixtureLoss(EpochMixture):
         if not 0 < len(z_hat) <= self.N:
             raise ValueError(f'a batch of {len(z_hat)} features for a mixture of {self.N}; give 1 to {self.N}, '
                              'or fit on more')
-        # a GPU would have to wait for the answer: there NaN in gives NaN out, and the next fit refuses the features
+        # the host would have to wait for a GPU: what is not finite comes out as a loss that is not, see `carried`
         look = finite_tensor if z_hat.device.type == 'cpu' else shaped_tensor
         z_hat = at_least_float32(look(z_hat, 'z_hat'))
         if z_hat.shape[1] == self.mu.shape[1]: return z_hat.to(torch.promote_types(z_hat.dtype, self.mu.dtype))
@@ -196,7 +202,7 @@ class MixtureLoss(EpochMixture):
     def _before(self, z):
         "The state that a batch found, for a backward pass that computes it once more."
         for features, *state in self._last[::-1]:
-            if features.shape == z.shape and torch.allclose(features, z, rtol=1e-3, atol=1e-6): return state
+            if features.shape == z.shape and torch.allclose(features, z, rtol=1e-3, atol=1e-6, equal_nan=True): return state
         raise RuntimeError('a batch of long ago is computed once more in the backward pass; call backward after every batch, '
                            'or leave CEM out of what is checkpointed')
 
@@ -210,7 +216,8 @@ class MixtureLoss(EpochMixture):
         finally: self.pi, self.Sigma = state
         if l_c.requires_grad and not backward: self._last = (*self._last[-1:], (z.detach(), *state))
         if again or not self.training: return l_c
-        if l_c.requires_grad: self.pi, self.Sigma = pi.detach(), Sigma.detach()
+        ok = l_c.detach().isfinite()
+        if l_c.requires_grad: self.pi, self.Sigma = carried(ok, pi.detach(), self.pi), carried(ok, Sigma.detach(), self.Sigma)
         return l_c
 
 # %% ../nbs/3_defend/01_cem.ipynb #1235bd4f
@@ -270,5 +277,6 @@ class CEM(MixtureLoss):
         """The weighted loss of a batch; in training it also updates the mixture by Eq. 5 and 6.
 
         Raises `RuntimeError` before the first fit, `ValueError` for features that are NaN or inf, or more than were
-        fitted. A GPU does not wait to see NaN or inf: there the loss is NaN, and the next `fit` raises."""
+        fitted. The host does not wait for a GPU to tell: there NaN or inf make a loss that is not finite, and leave the
+        mixture as it is."""
         return self.weight*self.loss(z_hat, y)

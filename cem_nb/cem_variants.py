@@ -52,7 +52,7 @@ def deviations(
 class FullCEM(CEM):
     """Full covariances, in float64. Raises `ValueError` where they vary too much beside the noise for it.
 
-    A GPU waits in every batch, for the sizes of the clusters and whether their matrices have factors."""
+    The host waits for a GPU in every batch, for the sizes of the clusters and whether their matrices have factors."""
     def estimate(self, z_hat, y, generator):
         "Hard clusters about the means of a diagonal EM."
         _, mu, Sigma = super().estimate(z_hat, y, generator)
@@ -81,14 +81,16 @@ class FullCEM(CEM):
 # %% ../nbs/3_defend/02_cem_variants.ipynb #fca59c11
 @register(CEMS, 'pairwise')
 class PairwiseCEM(CEM):
-    "Diagonal covariances under the pairwise bound of Kolchinsky and Tracey (2017)."
+    "Diagonal covariances under the pairwise bound of Kolchinsky and Tracey (2017), for which the host waits in every batch."
     def bound(self, pi, Sigma):
         return mutual_information_bound(pi/pi.sum(), self.mu, Sigma, self.noise_std, 'pairwise')
 
 # %% ../nbs/3_defend/02_cem_variants.ipynb #18b3ef87
 @register(CEMS, 'full-pairwise')
 class FullPairwiseCEM(FullCEM):
-    "Full covariances under the pairwise bound, whose graph holds the matrices; 4 s a batch at 512 dimensions on a CPU."
+    """Full covariances under the pairwise bound, whose graph holds the matrices; 4 s a batch at 512 dimensions on a CPU.
+
+    The host waits for a GPU in every batch."""
     bound = PairwiseCEM.bound
 
     def loss_and_covariances(self, pi, n, X):
@@ -192,7 +194,7 @@ class ReleaseCEM(LetterCEM):
             raise ValueError(f'n_components is {self.n_components}; give a multiple of {self.n_classes} classes')
 
     def labelled(self, z_hat, y, look=True):
-        "`y`, if it has a label for every feature, and a class each where one looks; else `ValueError`."
+        "`y`, if it has a label for every feature, and each is a class if one may `look`; else `ValueError`."
         if y is None: raise ValueError('the release fits each class by itself; give labels, one for each feature')
         if len(y) == len(z_hat) and (not look or ((y >= 0) & (y < self.n_classes)).all()): return y
         raise ValueError(f'{len(y)} labels for {len(z_hat)} features; give one for each, at least 0 and below {self.n_classes}')
@@ -223,4 +225,5 @@ class ReleaseCEM(LetterCEM):
         v = (1 - a)*self.Sigma[:, 0] + a*var.mean(1)
         classes = (n.view(self.n_classes, k) > 0).any(1).sum()  # of the batch
         loss = ((n > 0)*self.pi*hinge(v, self.noise_std)).sum()/classes
+        loss = torch.where(n.sum() == len(y), loss, torch.nan)  # a label below 0 is in no cluster, and was not looked at on a GPU
         return loss, self.pi, self.Sigma  # as they were: nothing is carried on

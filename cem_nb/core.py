@@ -241,11 +241,8 @@ def one_of(*choices: str, **setting: str) -> str:
     raise ValueError(f'{name} is {value!r}; choose one of {", ".join(choices)}')
 
 # %% ../nbs/1_base/01_core.ipynb #f0a7d103
-def floating_tensor(
-    x: Tensor,
-    name: str,  # as it is called in messages
-) -> Tensor:
-    "`x`, if it is a floating point tensor; else `TypeError`."
+def floating_tensor(x: Tensor, name: str) -> Tensor:
+    "`x`, if it is a floating point tensor; else `TypeError`. Messages call it `name`."
     if isinstance(x, Tensor) and x.is_floating_point(): return x
     kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
     raise TypeError(f'{name} is {kind}; give a floating point torch tensor (images as numbers in [0, 1], not bytes)')
@@ -262,7 +259,7 @@ def shaped_tensor(
     name: str,                # as it is called in messages
     ndim: int | tuple[int, ...] | None = None,  # axes, or what they may be; None: 2 or more, [N, ...]
 ) -> Tensor:
-    "`x`, if it is a floating point tensor with that many axes; else `TypeError` or `ValueError`. No number of it is read."
+    "`x`, if it is a floating point tensor with that many axes; else `TypeError` or `ValueError`. No number is read."
     floating_tensor(x, name)
     allowed = ndim if isinstance(ndim, tuple) else (ndim,)
     if (x.ndim < 2 if ndim is None else x.ndim not in allowed) or 0 in x.shape[1:]:
@@ -271,12 +268,8 @@ def shaped_tensor(
     return x
 
 
-def finite_tensor(
-    x: Tensor,
-    name: str,
-    ndim: int | tuple[int, ...] | None = None,
-) -> Tensor:
-    "`shaped_tensor`, of finite numbers; else `ValueError`. A GPU has to wait for the answer."
+def finite_tensor(x: Tensor, name: str, ndim: int | tuple[int, ...] | None = None) -> Tensor:
+    "`x`, if it is a `shaped_tensor` of finite numbers; else `TypeError` or `ValueError`. The host waits for a GPU's answer."
     shaped_tensor(x, name, ndim)
     if x.numel() and not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN is the least and the largest
         raise ValueError(f'{name} holds NaN or inf; mend it first (a diverged encoder?)')

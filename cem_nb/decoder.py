@@ -61,7 +61,8 @@ def check_finite(
     remedy: str = 'lower lr',
 ) -> dict:
     "`entry`; raises `AttackDivergedError` if a mean of the epoch or a weight is not finite."
-    if all(map(math.isfinite, entry.values())) and all(p.isfinite().all() for p in attacker.parameters()): return entry
+    weights = torch.stack([p.isfinite().all() for p in attacker.parameters()]).all()
+    if all(map(math.isfinite, entry.values())) and weights: return entry
     means = ', '.join(f'{k} {v:.3g}' for k, v in entry.items())
     raise AttackDivergedError(f'{label}: not a number in epoch {epoch + 1} ({means}); {remedy}')
 

@@ -81,7 +81,9 @@ class ProxyDefense(Defense):
     def get_extra_state(self): return self.proxy_opt.state_dict() if hasattr(self, 'proxy') else {}
 
     def set_extra_state(self, state):
-        if state: self.proxy_opt.load_state_dict(state)
+        if not state: return
+        self.proxy_opt.load_state_dict(state)
+        for s in self.proxy_opt.state.values(): s['step'] = s['step'].cpu()  # Adam reads it: on a GPU the host would wait
 
     def _apply(self, fn, recurse=True):  # behind .to(), .double(), ...
         super()._apply(fn, recurse)

@@ -50,5 +50,5 @@ def logdet_update(
     if not ((w >= 0) & w.isfinite()).all(): raise ValueError('w must be finite and >= 0')
     if not ((diagonal > 0) & diagonal.isfinite()).all(): raise ValueError('chol_A is no Cholesky factor: pass torch.linalg.cholesky(A)')
     v = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
-    finite_tensor(v, 'chol_A, or X beside it,')  # looks at fewer numbers than chol_A has, and at what each of them does
+    finite_tensor(v, 'chol_A^-1 X (NaN in chol_A, or X too large beside it)')  # fewer numbers than chol_A has
     return (2*diagonal.log().sum(-1) + _logdet_eye_plus(v, w)).to(result_dtype(X))

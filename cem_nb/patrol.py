@@ -128,7 +128,7 @@ def taylor_scores(
 def spectral_gradient(
     w: Tensor,  # [c_out, c_in, h, w]
 ) -> Tensor:    # same shape; NaN where the decomposition fails
-    "Gradient of the squared largest singular value of `w`, flattened to a matrix (Yoshida and Miyato 2017)."
+    "Gradient of the squared largest singular value of `w`, flattened to a matrix (Yoshida and Miyato 2017). The host waits for it."
     try: u, s, v = torch.linalg.svd(w.flatten(1), full_matrices=False)
     except torch.linalg.LinAlgError: return torch.full_like(w, torch.nan)
     return (2*s[0]*torch.outer(u[:, 0], v[0])).view_as(w)

@@ -106,7 +106,7 @@ def train_step(model: SplitModel, defense: Defense, cem: CEM | None, opt, x: Ten
     z = model.send(z_hat)                                                           # line 7
     defense.step(x, z.detach())
     logits = model.server(z)                                                        # line 8
-    l_d = torch.zeros((), device=x.device) + defense.loss(x, y, z_hat, z, logits)   # line 13, beside cross-entropy
+    l_d = logits.new_zeros(()) + defense.loss(x, y, z_hat, z, logits)               # line 13, beside cross-entropy
     loss = F.cross_entropy(logits, y) + l_d
     if ramp: loss = loss + ramp*cem(z_hat, y)                                       # lines 9-12, 14, 15, Eq. 8
     opt.zero_grad(set_to_none=True)

@@ -1,16 +1,19 @@
 "On a GPU: every row of Table 1 trains, is attacked and is stored there, repeats to the last digit, and agrees with the CPU."
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from cem_nb import training
 from cem_nb.attack import ATTACKS, attack_from
 from cem_nb.cem import CEM
+from cem_nb.data import batches
 from cem_nb.datasets import load_data
 from cem_nb.experiment import preset
 from cem_nb.parameters import TableParameters, table_rows
 from cem_nb.store import data_on, run
 from cem_nb.sweep import sweep
-from test_waits import ROWS, step_of
+from test_waits import ROWS, TRAINED, step_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 CUDA = torch.device('cuda', 0)
@@ -73,10 +76,28 @@ def test_regulariser():
     assert torch.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), 0) > 0.95
 
 
+@contextmanager
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode('error')
+    try: yield
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+
 @pytest.mark.parametrize(('name', 'variant'), ROWS, ids=lambda s: s or 'alone')
 def test_a_step_does_not_wait(name, variant):
-    step = step_of(load_data('digits'), name, variant, CUDA)
-    for _ in range(3): step()  # cuDNN and the balance look around first
-    torch.cuda.set_sync_debug_mode('error')
-    try: step()
-    finally: torch.cuda.set_sync_debug_mode('default')
+    step, _ = step_of(load_data('digits'), name, variant, CUDA)
+    for _ in range(3): step()  # cuDNN looks around first
+    with waiting_is_an_error(): step()
+
+
+@pytest.mark.parametrize('name', TRAINED)
+def test_a_step_of_an_attack_does_not_wait(name):
+    data, attack = load_data('digits'), attack_from(dict(name=name, width=8, blocks=1))
+    model, train = training.build(preset('quick', width=0.125), data)[1].eval().to(CUDA), data.train.to(CUDA)
+    _, step = attack.training(attack.attacker(model, train), model, train, 0)
+    found = batches(train, 64, data.augment, shuffle=True)
+    x, _ = next(found)
+    for _ in range(3): step(x, model.smash(x).detach())
+    with waiting_is_an_error():
+        x, _ = next(found)
+        step(x, model.smash(x).detach())

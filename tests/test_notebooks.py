@@ -22,7 +22,7 @@ PARAMETERS = {'12_table9': dict(methods='PATROL,Bottleneck', width=0.25, batch_s
               '14_figure4': dict(panels='a,b,c,d', alone='0.05,0.2', strengths='0,16', cuts='1,2', lams='0,8'),
               '15_figure5': dict(methods='Bottleneck'), '16_playground': dict(lams='0,16', cuts='2'),
               '21_lambda': dict(settings='', seeds='0', lams='16,64', balances='3,10'),
-              '22_schedule': dict(methods='Bottleneck', epochs='2', long=4),
+              '22_schedule': dict(methods='Bottleneck', decoders='2x64', long=4),
               '17_benchmark': dict(width=0.125, rounds=1, images=2000, seeds=1),
               '18_at_scale': dict(methods='Bottleneck', lengths='2,16'),
               '19_settings': {}}
