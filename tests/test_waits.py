@@ -85,8 +85,11 @@ def step_of(digits, name, variant, device='meta', **params):
     return lambda: train_step(model, defense, reg, opt, x, y, 1.0 if variant else 0.0), defense
 
 
-@pytest.mark.parametrize('wait', [lambda x: torch.as_tensor(0.0, device=x.device), lambda x: x.new_tensor([1.0]),
-                                  lambda x: torch.ones(2).to(x), lambda x: x[torch.arange(2)], torch.linalg.cholesky, lambda x: torch.linalg.svd(x)])
+WAITS = dict(number=lambda x: torch.as_tensor(0.0, device=x.device), numbers=lambda x: x.new_tensor([1.0]), copy=lambda x: torch.ones(2).to(x),
+             index=lambda x: x[torch.arange(2)], cholesky=torch.linalg.cholesky, svd=torch.linalg.svd)
+
+
+@pytest.mark.parametrize('wait', WAITS.values(), ids=WAITS)
 def test_what_waits_is_seen(wait):
     with waits() as seen: wait(torch.ones(3, 3, device=META))
     assert seen
