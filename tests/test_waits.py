@@ -85,8 +85,8 @@ def step_of(digits, name, variant, device='meta', **params):
     return lambda: train_step(model, defense, reg, opt, x, y, 1.0 if variant else 0.0), defense
 
 
-WAITS = dict(number=lambda x: torch.as_tensor(0.0, device=x.device), numbers=lambda x: x.new_tensor([1.0]), copy=lambda x: torch.ones(2).to(x),
-             index=lambda x: x[torch.arange(2)], cholesky=torch.linalg.cholesky, svd=torch.linalg.svd)
+WAITS = dict(number=lambda x: torch.as_tensor(0.0, device=x.device), numbers=lambda x: x.new_tensor([1.0]),
+             copy=lambda x: torch.ones(2).to(x), index=lambda x: x[torch.arange(2)], cholesky=torch.linalg.cholesky, svd=torch.linalg.svd)
 
 
 @pytest.mark.parametrize('wait', WAITS.values(), ids=WAITS)
