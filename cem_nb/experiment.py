@@ -158,7 +158,8 @@ PRESETS['small'] = dict(
     gan__width=32, gan__blocks=2, gan__n_epochs=5, gan__batch_size=128, gan__critic_width=8)
 PRESETS['fast'] = dict(
     val_frac=0.0, width=0.5, epochs=24, schedule='onecycle', nesterov=True, degrees=0.0, precision='bf16',
-    decoder__n_epochs=6, decoder__schedule='onecycle', gan__n_epochs=6, gan__schedule='onecycle')
+    decoder__n_epochs=6, decoder__batch_size=64, decoder__schedule='onecycle',
+    gan__n_epochs=6, gan__batch_size=64, gan__schedule='onecycle')
 PRESETS['paper'] = dict(val_frac=0.0)
 
 # %% ../nbs/5_run/01_experiment.ipynb #d475942d
