@@ -216,8 +216,9 @@ class MixtureLoss(EpochMixture):
         finally: self.pi, self.Sigma = state
         if l_c.requires_grad and not backward: self._last = (*self._last[-1:], (z.detach(), *state))
         if again or not self.training: return l_c
-        ok = l_c.detach().isfinite()
-        if l_c.requires_grad: self.pi, self.Sigma = carried(ok, pi.detach(), self.pi), carried(ok, Sigma.detach(), self.Sigma)
+        if l_c.requires_grad:
+            ok = l_c.detach().isfinite()
+            self.pi, self.Sigma = carried(ok, pi.detach(), self.pi), carried(ok, Sigma.detach(), self.Sigma)
         return l_c
 
 # %% ../nbs/3_defend/01_cem.ipynb #1235bd4f

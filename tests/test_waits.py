@@ -71,8 +71,8 @@ def digits(): return load_data('digits')
 def on_meta(digits): return replace(digits, train=digits.train.to('meta'))
 
 
-def step_of(digits, name, variant, device='meta', **params):
-    e = preset('quick', width=0.125, defense=name, params=params, **dict(cem=True, variant=variant) if variant else {})
+def step_of(digits, name, variant, device='meta'):
+    e = preset('quick', width=0.125, defense=name, **dict(cem=True, variant=variant) if variant else {})
     defense, model = build(e, digits)
     reg = build_cem(e, model, digits)
     if reg: reg.fit_encoder(model.eval().encode, batches(digits.train, 500))
