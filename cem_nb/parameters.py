@@ -80,7 +80,7 @@ class SweepParameters(RunParameters):
 class TableParameters(SweepParameters):
     "What a reader can ask of a table's notebook."
     lam: NonNegative = CEMSettings().lam
-    methods: Methods = tuple(DEFENSES)
+    methods: Methods = Field(default_factory=lambda: tuple(DEFENSES))
     noise_std: NonNegative = ModelSettings().noise_std
     seeds: Seeds = (0,)
     variant: CEMS.Name = CEMSettings().variant
@@ -154,4 +154,4 @@ def changed(
     but: tuple[str, ...] = (),             # names that do not count
 ) -> dict[str, Any]:
     "The parameters that differ from the defaults of their record."
-    return {k: v for k, v in dict(p).items() if k not in but and v != type(p).model_fields[k].default}
+    return {k: v for k, v in dict(p).items() if k not in but and v != type(p).model_fields[k].get_default(call_default_factory=True)}

@@ -118,9 +118,7 @@ def test_a_reconstruction_does_not_depend_on_its_company():
 
 
 @pytest.fixture
-def walk(monkeypatch):
-    for name in list(ATTACKS):  # what is registered here is gone afterwards
-        monkeypatch.setitem(ATTACKS, name, ATTACKS[name])
+def walk():
     outcomes, calls = {}, []
 
     class Walk(Attack):
@@ -134,8 +132,7 @@ def walk(monkeypatch):
             return [dict(outcome=outcome)]
 
     register_attack('walk', label='walk', marker='.')(Walk)
-    yield Walk, outcomes, calls
-    del ATTACKS['walk']
+    return Walk, outcomes, calls
 
 
 BLACK = Split(torch.zeros(6, 1, 16, 16, dtype=torch.uint8), torch.zeros(6).long())

@@ -9,13 +9,6 @@ from cem_nb.methods import CANDIDATES, DEFENSES, PAPER_ROWS, make_defense
 from cem_nb.ressfl import ResSFL
 
 
-@pytest.fixture
-def own():
-    "A name that is free, and free again afterwards."
-    yield 'Own'
-    DEFENSES.pop('Own', None)
-
-
 def test_rows_and_their_settings():
     assert tuple(DEFENSES) == PAPER_ROWS and len(DEFENSES) == 8
     assert make_defense('Dropout', {'p': 0.4}).model('vgg11', 10, width=0.125, noise_std=0.025).drop == 0.4
@@ -54,14 +47,14 @@ def test_every_setting_of_a_row_is_known_and_was_tried():
     assert DEFENSES['ResSFL'].settings == dict(alpha=0.3, t=0.3, noise_factor=1.0)  # with the constructor's default
 
 
-def test_registering(own):
+def test_registering():
     with pytest.raises(ValueError, match='already'): defense('Dropout', alpha=0.1, t=0.1)(ResSFL)
     for wrong in (dict(alpha=0.1), dict(alpha=0.1, t=0.1, beta=1.0)):
-        with pytest.raises(TypeError): defense(own, **wrong)(ResSFL)
-    assert own not in DEFENSES
-    assert defense(own, alpha=0.1, t=0.2)(ResSFL) is ResSFL and make_defense(own, dict(t=0.4)).t == 0.4
-    defense(own, alpha=0.5, t=0.2)(ResSFL)  # a cell that is changed and run again
-    assert make_defense(own).alpha == 0.5 and list(DEFENSES)[-1] == own
+        with pytest.raises(TypeError): defense('Own', **wrong)(ResSFL)
+    assert 'Own' not in DEFENSES
+    assert defense('Own', alpha=0.1, t=0.2)(ResSFL) is ResSFL and make_defense('Own', dict(t=0.4)).t == 0.4
+    defense('Own', alpha=0.5, t=0.2)(ResSFL)  # a cell that is changed and run again
+    assert make_defense('Own').alpha == 0.5 and list(DEFENSES)[-1] == 'Own'
 
 
 def test_the_interface_does_nothing():

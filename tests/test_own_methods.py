@@ -6,7 +6,6 @@ import pytest
 
 from cem_nb.attack import ATTACKS
 from cem_nb.decoder import DecoderAttack
-from cem_nb.defense import DEFENSES
 from cem_nb.experiment import PRESETS
 from cem_nb.parameters import TableParameters, table_base, table_rows
 from cem_nb.show import score_table
@@ -17,10 +16,7 @@ SCRIPT = Path(__file__).resolve().parent.parent/'examples'/'own_methods.py'
 
 @pytest.fixture
 def own():
-    names = set(DEFENSES), set(ATTACKS)
-    yield runpy.run_path(str(SCRIPT), run_name='own_methods')
-    for registry, before in zip((DEFENSES, ATTACKS), names):
-        for name in set(registry) - before: del registry[name]
+    return runpy.run_path(str(SCRIPT), run_name='own_methods')
 
 
 def test_a_toy_is_a_row_and_a_column_of_table_1(own, monkeypatch):

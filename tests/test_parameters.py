@@ -3,6 +3,7 @@ import os
 import pytest
 
 from cem_nb.core import NonNegative, Record
+from cem_nb.defense import Bottleneck, defense
 from cem_nb.experiment import Experiment, preset
 from cem_nb.methods import DEFENSES
 from cem_nb.parameters import ParameterError, TableParameters, as_items, changed, read_parameters, table_base, table_rows
@@ -36,6 +37,13 @@ def test_defaults_are_those_of_the_experiment():
     p, e = TableParameters(), Experiment().replace(cem=True)
     assert (p.lam, p.noise_std, p.arch, p.variant) == (e.cem.lam, e.model.noise_std, e.model.arch, e.cem.variant)
     assert changed(p) == {} and changed(TableParameters(lam=8.0, device='cpu'), but=('device',)) == dict(lam=8.0)
+
+
+def test_all_methods_are_those_that_are_registered_now():
+    class Mine(Bottleneck): pass
+    defense('Mine')(Mine)
+    assert TableParameters().methods == TableParameters(methods='all').methods == tuple(DEFENSES) and 'Mine' in DEFENSES
+    assert changed(TableParameters()) == {} and changed(TableParameters(methods='Mine')) == dict(methods=('Mine',))
 
 
 def test_rows_are_the_papers_and_lam_zero_leaves_those_without_cem():
