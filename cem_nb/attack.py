@@ -18,12 +18,12 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from .core import Count, Record, Registry, finite_tensor, only_bytes, register, seeded, stage_seed, whole
 from .data import Split, batches
-from .engine import float32_by_default, outside_autocast, without_autocast
+from .engine import all_digits, float32_by_default
 from .models import SplitModel, evaluating
 from .ssim import ssim_zero
 
 # %% ../nbs/4_attack/01_attack.ipynb #99973710
-@without_autocast
+@all_digits()
 @torch.no_grad()
 def reconstruct(
     model: SplitModel,    # the victim; it is not changed
@@ -83,7 +83,7 @@ def scored(
     some_images(images), whole(draws=draws), whole(batch_size=batch_size)
     device = images.x.device
     scores = Scores(device)
-    with seeded(seed, 'score', device=device), outside_autocast(device):
+    with seeded(seed, 'score', device=device), all_digits(device):
         for _ in range(draws):
             for x, _ in batches(images, batch_size): scores.add(reconstruct(model, attacker, x).float(), x)
     return scores

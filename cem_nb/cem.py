@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Count, NonNegative, Positive, Registry, Seed, cholesky, finite_tensor, number, register, shaped_tensor, whole
-from .engine import outside_autocast
+from .engine import all_digits
 from .kmeans import assign
 from .mixture import GaussianMixture
 
@@ -150,6 +150,7 @@ class EpochMixture(MixtureState):
         gm.fit(z_hat)
         return tuple(t.to(z_hat.dtype) for t in (gm.weights_, gm.means_, gm.covariances_))
 
+    @all_digits()
     def fit_encoder(
         self,
         encode: Callable[[Tensor], Tensor],       # images to noise-free features; put the encoder in eval mode
@@ -212,7 +213,7 @@ class MixtureLoss(EpochMixture):
         again = backward and torch.is_grad_enabled() and z.requires_grad and len(self._last) > 0
         if again: self.pi, self.Sigma = self._before(z)
         try:
-            with outside_autocast(z.device): l_c, pi, Sigma = self.batch(z, y)
+            with all_digits(z.device): l_c, pi, Sigma = self.batch(z, y)
         finally: self.pi, self.Sigma = state
         if l_c.requires_grad and not backward: self._last = (*self._last[-1:], (z.detach(), *state))
         if again or not self.training: return l_c

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .cem import CEM, CEMS, batch_moments, eq5, eq6, share_of_batch
 from .core import cholesky, register
 from .bounds import mutual_information_bound
-from .engine import outside_autocast
+from .engine import all_digits
 from .kmeans import assign, kmeans
 from .logdet import logdet_update
 
@@ -166,7 +166,7 @@ class BalancedCEM(CEM):
         if measure: self.balance.expect()
         if not (torch.is_grad_enabled() and z_hat.requires_grad): return super().forward(z_hat, y)
         z = z_hat.detach().to(torch.promote_types(z_hat.dtype, torch.float32)).requires_grad_()
-        with outside_autocast(z.device): g_C, = torch.autograd.grad(self.loss(z, y), z)
+        with all_digits(z.device): g_C, = torch.autograd.grad(self.loss(z, y), z)
         w = self.weight
         term = w*self.l_c + (w*g_C*(z_hat.to(z.dtype) - z.detach())).sum()
         if measure: self.balance.watch(z_hat, term, w, g_C)

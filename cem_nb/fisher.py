@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import finite_tensor, number, variance_of, whole
-from .engine import without_autocast
+from .engine import all_digits
 from .kmeans import draw
 
 # %% ../nbs/2_theory/09_fisher.ipynb #85a37b45
@@ -72,7 +72,7 @@ def _push(encoder, x):
     return lambda v: jvp(v).double().flatten(2)
 
 # %% ../nbs/2_theory/09_fisher.ipynb #754e99f4
-@without_autocast
+@all_digits()
 @torch.no_grad()
 def fisher_diag(
     encoder: Callable,  # maps images [B, ...] to noise-free features [B, ...], each image by itself (eval mode)
@@ -91,7 +91,7 @@ def fisher_diag(
     return _finite(info.reshape(x.shape)/noise_std**2)
 
 # %% ../nbs/2_theory/09_fisher.ipynb #64c21d88
-@without_autocast
+@all_digits()
 @torch.no_grad()
 def fisher_matrix(
     encoder: Callable,  # maps images [B, ...] to noise-free features [B, ...], each image by itself (eval mode)
@@ -119,7 +119,7 @@ def _signs(x, n, chunk, generator):
         yield 2*torch.stack(v).to(x) - 1
 
 # %% ../nbs/2_theory/09_fisher.ipynb #7f9a7f10
-@without_autocast
+@all_digits()
 @torch.no_grad()
 def fisher_trace_mc(
     encoder: Callable,    # maps images [B, ...] to noise-free features [B, ...], each image by itself (eval mode)

@@ -114,7 +114,7 @@ def _whose(checkpoint: Path) -> str | None:
 
 
 def seconds_in(checkpoint: Path) -> float:
-    "What the epochs in a checkpoint took, in all sessions together; 0 without one that can be read."
+    "What the epochs in a checkpoint took, over all starts; 0 without one that can be read."
     try: return float(_read_checkpoint(checkpoint, 'cpu')['seconds'])
     except Exception: return 0.0  # the loop says what is wrong with it
 

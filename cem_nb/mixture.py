@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .core import cholesky, finite_tensor, number, one_of, whole
-from .engine import without_autocast
+from .engine import all_digits
 from .kmeans import block_sums, blocks, centred, draw, lloyd, nearest, same_width, seeding
 
 # %% ../nbs/2_theory/05_mixture.ipynb #ffe61e74
@@ -319,7 +319,7 @@ class GaussianMixture(FittedMixture):
             self.random_state = whole(least=0, random_state=self.random_state)
         one_of('spherical', 'diag', 'full', covariance_type=self.covariance_type)
 
-    @without_autocast
+    @all_digits()
     @torch.no_grad()
     def fit(self, x: Tensor) -> 'GaussianMixture':
         "Fit to features [N, m], N >= n_components; a fit that raises leaves the parameters in place as they were."

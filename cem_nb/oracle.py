@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attack import Attack, register_attack, scored, some_images
 from .data import Split, batches, to_float
-from .engine import without_autocast
+from .engine import all_digits
 from .models import SplitModel, evaluating
 from .posterior import oracle_attack
 
@@ -37,7 +37,7 @@ class PosteriorMean(nn.Module):
         return oracle_attack(z, self.z_hat, self.x, self.noise_std, arrived=z != 0 if self.drop else None)
 
 # %% ../nbs/4_attack/04_oracle.ipynb #0a15ffcc
-@without_autocast
+@all_digits()
 @torch.no_grad()
 def encoded(
     model: SplitModel,  # it is not changed

@@ -37,7 +37,7 @@ from .models import NETWORKS, SplitModel, feature_shape, n_params, registered_wi
 from .training import DivergedError, accuracy, build, build_cem, train
 
 # %% ../nbs/5_run/03_store.ipynb #e92fa56f
-SCHEMA = 3  # raised when the same settings would give other numbers than before
+SCHEMA = 3  # raised when the same settings come to mean something else
 
 # %% ../nbs/5_run/03_store.ipynb #da4cfe3e
 def _key(*parts) -> str: return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()[:12]
@@ -247,7 +247,7 @@ def _scores(data: ImageData, score) -> dict: return {k: score(s) for k in ('trai
 
 @contextmanager
 def _timed(part: Path, device: torch.device, settings: EngineSettings):
-    "Seconds in all sessions, whether there was more than one, and on what; known at the end."
+    "Seconds over all starts, whether there was more than one, and on what; known at the end."
     checkpoints, start, made = [*part.glob('checkpoint*.pt')], time.perf_counter(), {}
     earlier, hardware = sum(map(seconds_in, checkpoints)), [h for c in checkpoints for h in hardware_in(c)]
     yield made

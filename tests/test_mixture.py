@@ -294,7 +294,7 @@ def test_what_underflows_is_no_responsibility():
     assert ((gm.predict_proba(x) > 0).sum(1) == 1).all()
 
 
-def test_a_start_from_a_sample_is_no_worse_than_scikit_learns(monkeypatch):
+def test_a_start_from_a_sample_is_no_worse_than_scikit_learns(monkeypatch, large):
     monkeypatch.setattr('cem_nb.mixture.SAMPLE', 40)
     x = float32_blobs(4000, 6, 8)
     ours = [GaussianMixture(8, random_state=s).fit(x).lower_bound_ for s in range(5)]

@@ -7,7 +7,7 @@ from cem_nb.attack import score_attack, train_attack
 from cem_nb.data import ImageData, Split, to_float
 from cem_nb.datasets import load_data
 from cem_nb.decoder import DecoderAttack
-from cem_nb.experiment import Experiment
+from cem_nb.experiment import Experiment, preset
 from cem_nb.loop import epochs
 from cem_nb.store import run
 from cem_nb.training import DivergedError, accuracy, build, lr_at, ramp_at, train
@@ -86,6 +86,8 @@ def test_schedules_of_the_paper():
     assert [lr_at(e.training, i) for i in (0, 60, 120, 180, 210)] == pytest.approx([0.05*0.2**i for i in range(5)])
     assert [ramp_at(e, i) for i in (0, 1, 60, 120, 180, 239)] == pytest.approx([0, 0.02, 0.1, 0.5, 1, 1])
     assert max(ramp_at(e.replace(lr=0.02, epochs=12), i) for i in range(12)) == 1
+    fast = [ramp_at(preset('fast', variant='release'), i) for i in range(24)]  # one cycle: the rate goes to 0, the ramp does not go back
+    assert fast == sorted(fast) and (fast[0], fast[1], fast[-1]) == pytest.approx((0, 0.02, 1))
     assert [ramp_at(Experiment().replace(cem=True), i) for i in (0, 1, 239)] == [0, 1, 1]
     assert ramp_at(Experiment(), 5) == 0
 
