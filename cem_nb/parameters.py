@@ -90,6 +90,7 @@ class TableParameters(SweepParameters):
     image_size: int | None = None  # None: the data set's own
     width: Positive | None = None  # None: the preset's
     precision: Literal['float32', 'bf16'] | None = None  # None: the preset's
+    compile: bool | None = None  # None: the preset's
 
     def model_post_init(self, _):
         if self.lam and not self.noise_std: raise ValueError('CEM needs noise; give a noise_std > 0, or lam 0')
@@ -100,7 +101,7 @@ class TableParameters(SweepParameters):
 def table_base(p: TableParameters) -> Experiment:
     "The experiment that all rows of a table start from."
     attacks = tuple(ATTACKS[a](restarts=p.restarts if ATTACKS[a].trained else 1) for a in p.attacks)
-    own = {k: v for k, v in dict(width=p.width, precision=p.precision).items() if v is not None}
+    own = {k: v for k, v in dict(width=p.width, precision=p.precision, compile=p.compile).items() if v is not None}
     return preset(p.preset, attacks, dataset=p.dataset, image_size=p.image_size, arch=p.arch, noise_std=p.noise_std, **own)
 
 

@@ -175,15 +175,16 @@ def _spread(z: Tensor, centers: Tensor, labels: Tensor) -> float:
 
 
 def time_fits(
-    z: Tensor,            # features [N, m], float32, on the CPU
+    z: Tensor,            # features [N, m], float32, where ours is timed; scikit-learn's are on the CPU
     k: int = 30,          # components
     *,
     steps: int = 10,      # of expectation maximisation, after the start
     seeds: int = 3,       # rounds; each has a seed of its own
+    clusters: bool = True,  # k-means too
 ) -> pd.DataFrame:  # index work; columns seconds (median), ratio to scikit-learn's in the same round, quality (mean), better (rounds)
     """Fits and k-means beside scikit-learn's. `quality` is the mean log-likelihood of a row, or minus the mean squared distance to the
     centre; `better` counts the rounds in which ours is at least scikit-learn's, but for 0.1 %."""
-    a, n, found = z.numpy(), len(z), {}
+    a, n, found = z.cpu().numpy(), len(z), {}
     _ours(z[:2*k], k, 1, 0), _sklearns(a[:2*k], k, 1, 0)  # what is loaded once
     for seed in range(whole(seeds=seeds)):
         generator = torch.Generator().manual_seed(seed)
@@ -191,12 +192,14 @@ def time_fits(
                                              (lambda: _sklearns(a, k, steps, seed), lambda g: float(g.score(a)))),
                  'k-means': ((lambda: kmeans(z, k, generator=generator), lambda f: -_spread(z, *f)),
                              (lambda: KMeans(k, n_init=1, random_state=seed).fit(a), lambda f: -f.inertia_/n))}
+        if not clusters: del calls['k-means']
         for name, pair in calls.items():
             took, quality = [0., 0.], [0., 0.]
             for i in (1, 0) if seed % 2 else (0, 1):  # each is the first in half of the rounds
                 fit, value = pair[i]
                 start = time.perf_counter()
                 fitted = fit()
+                if z.is_cuda: torch.cuda.synchronize(z.device)
                 took[i] = time.perf_counter() - start
                 quality[i] = value(fitted)
             found.setdefault(name, []).append((*took, *quality))
