@@ -343,6 +343,6 @@ def provenance(device: torch.device) -> dict:
     if device.type == 'cuda': hardware = torch.cuda.get_device_name(device)
     else:
         n = torch.get_num_threads()
-        hardware = f'{n} CPU thread{"s"*(n > 1)}, {_cpu_name()}'
+        hardware = f'{n} CPU thread{"s"*(n > 1)}, {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}'
     return dict(hardware=hardware, python=platform.python_version(), torch=torch.__version__,
                 cem_nb=__version__, date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
