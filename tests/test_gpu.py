@@ -9,7 +9,9 @@ from cem_nb.attack import ATTACKS, attack_from
 from cem_nb.cem import CEM
 from cem_nb.data import batches
 from cem_nb.datasets import load_data
+from cem_nb.engine import EngineSettings, all_digits, in_words
 from cem_nb.experiment import preset
+from cem_nb.mixture import GaussianMixture
 from cem_nb.parameters import TableParameters, table_rows
 from cem_nb.store import data_on, run
 from cem_nb.sweep import sweep
@@ -101,3 +103,33 @@ def test_a_step_of_an_attack_does_not_wait(name):
     with waiting_is_an_error():
         x, _ = next(found)
         step(x, model.smash(x).detach())
+
+
+@pytest.mark.parametrize('settings', [dict(precision='bf16'), dict(compile=True), dict(precision='bf16', compile=True)])
+def test_a_run_as_the_engine_is_set(settings):
+    "It says how it was computed, and its first epoch, which noise and rounding have not led astray yet, is that of float32."
+    plain, other = run(tiny(lam=16.0), CUDA), run(tiny(lam=16.0, **settings), CUDA)
+    assert other.result['hardware'] == torch.cuda.get_device_name() + in_words(EngineSettings(**settings), CUDA) != plain.result['hardware']
+    a, b = (r.result['curves'][0]['loss'] for r in (plain, other))
+    assert a != b and b == pytest.approx(a, rel=0.05)
+
+
+def test_convolutions_keep_all_digits_in_scores():
+    net, x = torch.nn.Conv2d(256, 256, 3, device=CUDA), torch.rand(8, 256, 16, 16, device=CUDA)
+    with torch.no_grad():
+        with all_digits(CUDA): got = net(x)
+        assert (got - net.double()(x.double())).abs().max() < 1e-5
+
+
+def test_a_fit_of_large_features_is_that_of_the_cpu(monkeypatch):
+    monkeypatch.setattr('cem_nb.kmeans.LARGE', 1)
+    centres = 10*torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    x = centres.repeat(2000, 1) + torch.randn(10_000, 16, generator=torch.Generator().manual_seed(1))
+    cpu, gpu = (GaussianMixture(5, max_iter=10, random_state=0).fit(x.to(d)) for d in ('cpu', CUDA))
+    assert torch.allclose(gpu.means_.cpu(), cpu.means_, atol=1e-4) and gpu.lower_bound_ == pytest.approx(cpu.lower_bound_, abs=1e-4)
+
+
+def test_two_runs_share_the_gpu():
+    points = [dict(), dict(lam=16.0)]
+    one, two = (sweep(tiny(seed=seed), points, device='cuda', n_jobs=n) for seed, n in ((0, 1), (1, 2)))
+    assert two.acc_test.notna().all() and (two.hardware == one.hardware).all()
