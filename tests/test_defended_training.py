@@ -45,12 +45,12 @@ def test_an_adversarial_run_resumes_bit_for_bit(defense, stop, digits, tmp_path,
     import cem_nb.training as tr
     config, file = TINY.replace(defense=defense, cem=True), tmp_path/'c.pt'
     whole, history = train(config, digits)
-    real, seen = tr.lr_at, []
-    def killed(c, epoch):
+    real = tr.ramp_at
+    def killed(e, epoch):
         if epoch == stop: raise KeyboardInterrupt
-        return real(c, epoch)
+        return real(e, epoch)
     with monkeypatch.context() as m:
-        m.setattr(tr, 'lr_at', killed)
+        m.setattr(tr, 'ramp_at', killed)
         with pytest.raises(KeyboardInterrupt): train(config, digits, checkpoint=file)
     again, resumed = train(config, digits, checkpoint=file)
     assert resumed == history
