@@ -167,6 +167,7 @@ def gain_table(
 ) -> 'pd.io.formats.style.Styler':
     "What CEM changes for every defence and on average, ours beside what the paper's rows give; mean ± 95 % interval."
     defenses, paper = paired(frame), _of_attacks(paper_runs(table), attacks_in(frame))
+    if not defenses: return pd.DataFrame().style.set_caption(f'No defence has a row with CEM and one without. {caption(frame)}')
     lost = lost_scores(frame).groupby([frame.defense, frame.seed]).any().groupby('defense').sum().T
     rows = {d: {} for d in (*defenses, 'mean')}
     for heading, runs, diverged in (('this run', frame, lost), (_paper_heading(table), paper, {})):

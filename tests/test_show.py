@@ -109,6 +109,13 @@ def test_caption_says_what_was_run():
     assert caption(as_run(1)) == '1 seed'  # a frame that says nothing of itself
 
 
+@pytest.mark.parametrize('cem', [True, False])
+def test_without_pairs_the_table_of_changes_says_so(cem):
+    f = made(defenses=('Bottleneck',))
+    t = gain_table(f[f.cem == cem], 1)
+    assert t.data.empty and t.caption.startswith('No defence has a row with CEM and one without')
+
+
 def test_only_what_was_run_is_shown():
     "No GAN, and an oracle that has no SSIM and was not run on the row of dropout."
     f = made(attacks=('decoder',))
