@@ -44,14 +44,19 @@ _PRODUCTS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backen
 def all_digits(*devices: torch.device):  # none: whatever there is
     "Context, and decorator, without automatic mixed precision on such devices, and in which no product of float32 is rounded on the way."
     kinds = [d.type for d in devices] or ['cpu', 'cuda'][:1 + torch.cuda.is_available()]
-    before = [p.fp32_precision for p in _PRODUCTS]
+    before, products = [p.fp32_precision for p in _PRODUCTS], torch.get_float32_matmul_precision()
     with ExitStack() as stack:
         for kind in filter(torch.amp.is_autocast_available, kinds): stack.enter_context(torch.autocast(kind, enabled=False))
-        try:
+        try:  # the older names too: torch refuses to answer where the two differ
+            torch.set_float32_matmul_precision('highest')
+            torch.backends.cudnn.allow_tf32 = False
             for p in _PRODUCTS: p.fp32_precision = 'ieee'
             yield
         finally:
-            for p, was in zip(_PRODUCTS, before): p.fp32_precision = was
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.allow_tf32 = before[1] == 'tf32'
+            for p, was in zip(_PRODUCTS, before):
+                if p.fp32_precision != was: p.fp32_precision = was
 
 
 class _Exact(torch.autograd.Function):
@@ -142,7 +147,8 @@ def _compiled(forward: Callable) -> Callable:
     """`forward`, compiled under a code object of its own: torch compiles one code eight times at most, and then no more without a word.
 
     It raises `RunError` where torch fails."""
-    run = torch.compile(FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__, closure=forward.__closure__))
+    own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__, closure=forward.__closure__)
+    run = torch.compile(own, dynamic=False)  # else the shapes of all networks that came before would make it a general one
 
     def checked(*tensors):
         try: return run(*tensors)

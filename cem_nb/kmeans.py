@@ -17,7 +17,7 @@ from .core import finite_tensor, result_dtype, whole
 from .engine import all_digits
 
 # %% ../nbs/2_theory/04_kmeans.ipynb #6a14cd67
-BLOCK = 2**18  # numbers in one temporary of a batched pass: 1 MiB in float32, which stays in a core's cache; on a GPU 64 times as many
+BLOCK = 2**18  # numbers in one temporary of a batched pass: 1 MiB in float32, which stays in a core's cache
 
 
 def blocks(
@@ -25,7 +25,7 @@ def blocks(
     width: int = 1,  # numbers that a pass makes of each row
 ) -> tuple[Tensor, ...]:
     "Rows in blocks, so that neither a copy of a block nor a [rows, width] temporary exceeds `BLOCK` numbers."
-    return x.split(max(1, BLOCK*64**x.is_cuda//max(x.shape[1], width)))
+    return x.split(max(1, BLOCK//max(x.shape[1], width)))
 
 
 def block_sums(

@@ -166,16 +166,17 @@ def test_a_compiled_training_follows_the_eager_one(digits):
 def test_the_twelfth_network_is_compiled_as_the_first_is(precision, monkeypatch):
     compiled = []
     def backend(graph, inputs):
-        compiled.append(graph)
+        compiled.append([type(x) for x in inputs])
         return graph.forward
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
     monkeypatch.setattr(engine_module, 'can_compile', lambda device: True)
     for width in range(1, 13):
-        net, x = nn.Sequential(nn.Linear(3, width), nn.ReLU()), torch.rand(2, 3)
+        net, x = nn.Sequential(nn.Linear(3 + width, width), nn.ReLU()), torch.rand(2 + width, 3 + width)
         want = net(x)
         with using(EngineSettings(precision=precision, compile=True)), engine(net, device=CPU):
             got = net(x)
         assert torch.allclose(got, want, atol=0.02) and got.dtype == torch.float32 and len(compiled) == width
+    assert not any(int in types or torch.SymInt in types for types in compiled)  # for its own shapes, whatever came before
 
 
 def test_a_network_that_cannot_be_compiled_says_what_to_do(monkeypatch):
@@ -201,9 +202,13 @@ def test_products_keep_all_digits_where_they_must_whatever_is_set_around_them():
     try:
         before = products()
         full_precision(lambda x: Watch.apply(x).sum())(x).backward()
-        with pytest.raises(KeyError), all_digits(CPU): seen.append(products()); raise KeyError
+        with pytest.raises(KeyError), all_digits(CPU):
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32  # torch answers
+            seen.append(products())
+            raise KeyError
         all_digits()(lambda: seen.append(products()))()
-        assert products() == before and 'bf16' in before
+        assert products() == before and 'bf16' in before and torch.get_float32_matmul_precision() == 'medium'
+        assert torch.backends.cudnn.allow_tf32
     finally: torch.set_float32_matmul_precision('highest')
     assert seen == [['ieee']*len(before)]*4
 
