@@ -44,7 +44,8 @@ _PRODUCTS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backen
 def all_digits(*devices: torch.device):  # none: whatever there is
     "Context, and decorator, without automatic mixed precision on such devices, and in which no product of float32 is rounded on the way."
     kinds = [d.type for d in devices] or ['cpu', 'cuda'][:1 + torch.cuda.is_available()]
-    before, products = [p.fp32_precision for p in _PRODUCTS], torch.get_float32_matmul_precision()
+    before = [p.fp32_precision for p in _PRODUCTS]
+    products, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision == 'tf32'
     with ExitStack() as stack:
         for kind in filter(torch.amp.is_autocast_available, kinds): stack.enter_context(torch.autocast(kind, enabled=False))
         try:  # the older names too: torch refuses to answer where the two differ
@@ -54,7 +55,7 @@ def all_digits(*devices: torch.device):  # none: whatever there is
             yield
         finally:
             torch.set_float32_matmul_precision(products)
-            torch.backends.cudnn.allow_tf32 = before[1] == 'tf32'
+            torch.backends.cudnn.allow_tf32 = tf32
             for p, was in zip(_PRODUCTS, before):
                 if p.fp32_precision != was: p.fp32_precision = was
 
@@ -147,7 +148,8 @@ def _compiled(forward: Callable) -> Callable:
     """`forward`, compiled under a code object of its own: torch compiles one code eight times at most, and then no more without a word.
 
     It raises `RunError` where torch fails."""
-    own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__, closure=forward.__closure__)
+    def call(*tensors): return forward(*tensors)
+    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     run = torch.compile(own, dynamic=False)  # else the shapes of all networks that came before would make it a general one
 
     def checked(*tensors):
@@ -165,9 +167,7 @@ def _as_set(net: nn.Module, settings: EngineSettings, device: torch.device) -> C
         with torch.autocast(device.type, torch.bfloat16): out = plain(*tensors)
         return out.float()
 
-    def uncast(*tensors: Tensor) -> Tensor: return plain(*tensors)
-
-    fast = uncast
+    fast = plain
     if settings.precision == 'bf16':
         if has_bf16(device.type): fast = cast
         else: warnings.warn(f'networks are computed in float32, for no instructions for bfloat16 were found on this {device.type}')
