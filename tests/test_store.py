@@ -263,6 +263,7 @@ def test_seconds_and_hardware_of_a_resumed_run_are_those_of_all_sessions(monkeyp
     assert done.result['hardware'].split('; ') == ['another machine', provenance(torch.device('cpu'))['hardware']]
     row = measured(done)
     assert row['resumed_train'] and not row['resumed_decoder'] and row['seconds_train'] >= 0.5
+    assert row['hardware'] == done.result['hardware']  # the decoder's, which is one of the two, is not said again
 
 
 def test_full_disk_is_a_clear_error_and_costs_nothing(monkeypatch):
