@@ -60,7 +60,8 @@ def measured(run: Run) -> dict[str, Any]:
         row |= {f'{metric}_{part}_{name}': v for part, s in a['scores'].items() for metric, v in s.items()}
         row |= {f'seconds_{name}': round(a['seconds'], 2), f'resumed_{name}': a['resumed'], f'finished_{name}': a['finished']}
     made = r, *attacks.values()
-    where = {k: '; '.join(dict.fromkeys(v for m in made for v in m[k].split('; '))) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
+    def named(k): return [v for m in made for v in m[k].split('; ')]  # a part that was resumed elsewhere names several
+    where = {k: '; '.join(dict.fromkeys(named(k))) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
     return row | dict(run=run.path.name, **where)
 
 # %% ../nbs/5_run/04_sweep.ipynb #cdab2a9c
