@@ -344,5 +344,5 @@ def provenance(device: torch.device) -> dict:
     else:
         n = torch.get_num_threads()
         hardware = f'{n} CPU thread{"s"*(n > 1)}, {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}'
-    return dict(hardware=hardware, python=platform.python_version(), torch=torch.__version__,
+    return dict(hardware=hardware, python=platform.python_version(), torch=str(torch.__version__),
                 cem_nb=__version__, date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .core import finite_tensor, provenance, seeded, whole
+from .files import in_short
 from .models import SplitModel, evaluating, n_params
 from .paper import paper_csv
 from .style import COLORS
@@ -71,7 +72,7 @@ def macs(
     with evaluating(module), torch.no_grad(), _in_the_open(), FlopCounterMode(display=False) as counter, _Uncounted(module):
         try: module(x)
         except RuntimeError as e:
-            why = str(e).splitlines()[0]
+            why = in_short(e)
             raise ValueError(f'the network cannot take one input of {shape}, batch not counted: {why}') from None
     return counter.get_total_flops()//2
 

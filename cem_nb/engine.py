@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROCESSOR', 'pick_device', 'all_digits', 'full_precision', 'float32_by_default', 'EngineSettings', 'using',
-           'can_compile', 'has_bf16', 'networks', 'in_words', 'computed_on', 'engine']
+           'can_compile', 'has_bf16', 'networks', 'in_words', 'computed_with', 'each_once', 'engine']
 
 # %% ../nbs/1_base/08_engine.ipynb #869fef8a
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Record, floating_tensor, provenance
-from .files import RunError
+from .files import RunError, in_short
 
 # %% ../nbs/1_base/08_engine.ipynb #eb7bf2df
 def pick_device(name: str = 'auto') -> torch.device:
@@ -37,15 +37,23 @@ def pick_device(name: str = 'auto') -> torch.device:
 
 # %% ../nbs/1_base/08_engine.ipynb #6be4bc22
 _PRODUCTS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
-             torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+             torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn)
+
+
+def _product_precision() -> str:
+    "By its older name; 'highest' where torch refuses to answer, as something was set by a newer name."
+    try: return torch.get_float32_matmul_precision()
+    except RuntimeError: return 'highest'
 
 
 @contextmanager
 def all_digits(*devices: torch.device):  # none: whatever there is
-    "Context, and decorator, without automatic mixed precision on such devices, and in which no product of float32 is rounded on the way."
+    """Context, and decorator, without automatic mixed precision on such devices, and in which no product of float32 is rounded on the way.
+
+    Afterwards all is as it was, but cuDNN's own default, TF32, is then as if it had been set: torch's common switch does not reach it."""
     kinds = [d.type for d in devices] or ['cpu', 'cuda'][:1 + torch.cuda.is_available()]
     before = [p.fp32_precision for p in _PRODUCTS]
-    products, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision == 'tf32'
+    products, tf32 = _product_precision(), torch.backends.cudnn.conv.fp32_precision == 'tf32'
     with ExitStack() as stack:
         for kind in filter(torch.amp.is_autocast_available, kinds): stack.enter_context(torch.autocast(kind, enabled=False))
         try:  # the older names too: torch refuses to answer where the two differ
@@ -57,6 +65,7 @@ def all_digits(*devices: torch.device):  # none: whatever there is
             torch.set_float32_matmul_precision(products)
             torch.backends.cudnn.allow_tf32 = tf32
             for p, was in zip(_PRODUCTS, before):
+                p.fp32_precision = 'none'  # as its common switch says
                 if p.fp32_precision != was: p.fp32_precision = was
 
 
@@ -121,7 +130,7 @@ def can_compile(device: str) -> bool:
     "Whether `torch.compile` works here: tried once on one addition."
     try: torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as e:  # what is missing shows in many ways
-        warnings.warn(f'networks are not compiled, for torch.compile fails on {device} ({str(e).splitlines()[0]})')
+        warnings.warn(f'networks are not compiled, for torch.compile fails on {device} ({in_short(e)})')
         return False
     return True
 
@@ -147,15 +156,18 @@ def networks(
 def _compiled(forward: Callable) -> Callable:
     """`forward`, compiled under a code object of its own: torch compiles one code eight times at most, and then no more without a word.
 
-    It raises `RunError` where torch fails."""
+    It raises `RunError` where torch fails, at the backward pass too: that is compiled along."""
     def call(*tensors): return forward(*tensors)
     own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    run = torch.compile(own, dynamic=False)  # else the shapes of all networks that came before would make it a general one
+    # not dynamic, else the shapes of all networks that came before would make it a general one; and no kernel is chosen by how long
+    # it took this time, else a run that is computed again would not come out the same
+    run = torch.compile(own, dynamic=False, options=dict(deterministic=True))
 
     def checked(*tensors):
-        try: return run(*tensors)
+        try:
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True): return run(*tensors)  # both passes, here and now
         except torch._dynamo.exc.TorchDynamoException as e:  # by now torch has loaded it, which takes seconds
-            raise RunError(f'a network cannot be compiled here ({" ".join(str(e).splitlines()[:2])}); give compile False') from e
+            raise RunError(f'a network cannot be compiled here ({in_short(e, 2)}); give compile False') from e
     return checked
 
 
@@ -181,9 +193,15 @@ def in_words(settings: EngineSettings, device: torch.device) -> str:
     return bf16 + ', compiled'*(settings.compile and can_compile(str(device)))
 
 
-def computed_on(device: torch.device) -> str:
-    "The hardware, and what `in_words` says of the settings in use."
-    return provenance(device)['hardware'] + in_words(_settings.get(), device)
+def computed_with(device: torch.device) -> dict[str, str]:
+    "Hardware, with what `in_words` says of the settings in use, versions and date."
+    made = provenance(device)
+    return made | dict(hardware=made['hardware'] + in_words(_settings.get(), device))
+
+
+def each_once(values: Iterable[str]) -> list[str]:
+    "Machines, versions or dates of results; what was resumed names several, with '; ' between."
+    return list(dict.fromkeys(part for v in values for part in str(v).split('; ')))
 
 
 @contextmanager

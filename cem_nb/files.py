@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIGESTS', 'FRESH', 'flush', 'write_whole', 'DamagedError', 'stamped', 'read_stamped', 'UnsealedError', 'write_sealed',
-           'sealed_digests', 'read_sealed', 'RunError', 'BusyError', 'DamagedRunError', 'remedy', 'writing', 'reading',
-           'read_record', 'final_name', 'being_run', 'remove', 'check_free', 'drop_checkpoints', 'write_then_rename',
-           'state_of']
+           'sealed_digests', 'read_sealed', 'RunError', 'BusyError', 'DamagedRunError', 'in_short', 'remedy', 'writing',
+           'reading', 'read_record', 'final_name', 'being_run', 'remove', 'check_free', 'drop_checkpoints',
+           'write_then_rename', 'state_of']
 
 # %% ../nbs/1_base/02_files.ipynb #dfa6b9b9
 import errno, hashlib, json, os, shutil, stat, time, uuid
@@ -112,6 +112,11 @@ class BusyError(RunError):
 
 class DamagedRunError(RunError):
     "A run that is not as it was written, so that nothing is lost by removing it."
+
+
+def in_short(e: Exception, lines: int = 1) -> str:
+    "The first lines of what another library's error says, in one; its name where it says nothing."
+    return ' '.join(str(e).strip().splitlines()[:lines]) or type(e).__name__
 
 # %% ../nbs/1_base/02_files.ipynb #7ebc0b4b
 _REMEDIES = {errno.ENAMETOOLONG: 'choose shorter names or fewer values', errno.EACCES: 'see that you may write there',

@@ -17,6 +17,7 @@ import torch
 from .core import number, whole
 from .cost import macs
 from .data import ImageData, Split
+from .engine import each_once
 from .experiment import Experiment
 from .models import feature_shape
 from .store import data_on
@@ -90,8 +91,8 @@ def pilot(
     if not runs or len({(e.defense, e.cem is not None) for e in runs})*2 < len(runs):
         raise ValueError('there are no rows, or a defence is in them twice; give each once with CEM, once without, or both')
     frame, found = sweep(base, points, device=device, backend=backend, n_jobs=n_jobs), {}
-    if frame.hardware.dropna().nunique() > 1:
-        raise ValueError(f'the short runs were timed on {" and ".join(frame.hardware.dropna().unique())}; time all on one kind')
+    if len(machines := each_once(frame.hardware.dropna())) > 1:
+        raise ValueError(f'the short runs were timed on {" and ".join(machines)}; time all on one kind')
     for i in range(0, len(runs), 2):
         pair, e = frame.iloc[i:i + 2], runs[i]
         for part, work in work_of(e, data_on(e.data, torch.device('cpu'))[0]).items():

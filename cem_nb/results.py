@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .core import Record, committed_dir, project_dir, results_dir
+from .engine import each_once
 from .files import remedy, write_whole
 from .parameters import ParameterError, TableParameters, changed, table_base, table_rows, word
 from .store import SCHEMA, RunError
@@ -78,7 +79,7 @@ def read_result(path: Path) -> pd.DataFrame:
 
 def provenance_line(frame: pd.DataFrame) -> str:
     "Where the numbers of a result come from, in one line."
-    one = lambda c: ', '.join(sorted({part for v in frame[c].dropna() for part in str(v).split('; ')}))
+    one = lambda c: ', '.join(sorted(each_once(frame[c].dropna())))
     seconds = ', '.join(f'{c.removeprefix("seconds_")} {s:.0f} s' for c, s in frame.filter(like='seconds_').median().items())
     return f'computed {one("date")} on {one("hardware")}, torch {one("torch")}, seeds {one("seed")}; median of a run: {seconds}'
 

@@ -15,7 +15,8 @@ import pandas as pd
 
 from .attack import ATTACKS, attack_from
 from .core import runs_dir
-from .files import DamagedError, DamagedRunError, RunError, UnsealedError, being_run, final_name, remedy, remove, write_whole
+from .files import (DamagedError, DamagedRunError, RunError, UnsealedError, being_run, final_name, in_short, remedy, remove,
+                          write_whole)
 from .loop import epochs_in
 from .store import Run, attack_folders, check_victims, open_run, run_folder, sealed_problems, stored_attacks
 from .sweep import result_row
@@ -158,7 +159,7 @@ def export_mlflow(
             run = client.create_run(where, run_name=row['run']).info.run_id
             client.log_batch(run, [Metric(k, v, 0, 0) for k, v in numbers.items()], [Param(k, v) for k, v in settings.items()])
             client.set_terminated(run)
-    except MlflowException as e: raise RunError(f'{uri} cannot be written ({str(e).splitlines()[0]}); see that it is MLflow\'s') from None
+    except MlflowException as e: raise RunError(f'{uri} cannot be written ({in_short(e)}); see that it is MLflow\'s') from None
     return len(rows)
 
 # %% ../nbs/5_run/12_runs.ipynb #43c80b57

@@ -15,6 +15,7 @@ import pandas as pd
 
 import cem_nb.experiment  # registers the attacks
 from .attack import ATTACKS
+from .engine import each_once
 from .paper import PAPER, as_runs, paper_runs, paper_text
 from .stats import (METRICS, Score, Tally, attacks_in, averages, counting_rule, gains, mean_gains, mean_interval, paired,
                           row_name, score_columns, tally)
@@ -51,7 +52,7 @@ def rows_of(
 def _values(frame: pd.DataFrame, column: str, text: str = '{}') -> str | None:
     "The values of a column with commas between, in a text; None if there are none."
     values = frame[column].dropna().unique() if column in frame else ()
-    words = [f'{v:g}' if isinstance(v, (float, np.floating)) else str(v) for v in values]
+    words = each_once(f'{v:g}' if isinstance(v, (float, np.floating)) else v for v in values)
     return text.format(', '.join(words)) if words else None
 
 # %% ../nbs/5_run/09_show.ipynb #d2e365dd

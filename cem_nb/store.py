@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from .attack import ATTACKS, Attack, best_of_restarts
 from .cem import CEMS
-from .core import own_source, provenance, runs_dir, seeded
+from .core import own_source, runs_dir, seeded
 from .data import DataError, ImageData, to_float
 from .datasets import shared_data
-from .engine import EngineSettings, computed_on, using
+from .engine import EngineSettings, computed_with, each_once, using
 from .experiment import DataSettings, Experiment, TrainSettings
 from .files import (DIGESTS, DamagedError, DamagedRunError, RunError, being_run, check_free, drop_checkpoints, read_record,
                           read_sealed, reading, sealed_digests, write_sealed, write_then_rename, writing)
-from .loop import hardware_in, seconds_in
+from .loop import made_in, seconds_in
 from .methods import DEFENSES
 from .models import NETWORKS, SplitModel, feature_shape, n_params, registered_with
 from .training import DivergedError, accuracy, build, build_cem, train
@@ -247,13 +247,14 @@ def _scores(data: ImageData, score) -> dict: return {k: score(s) for k in ('trai
 
 @contextmanager
 def _timed(part: Path, device: torch.device, settings: EngineSettings):
-    "Seconds over all starts, whether there was more than one, and on what; known at the end."
+    "Seconds over all starts, whether there was more than one, and with what, '; ' between what differs; known at the end."
     checkpoints, start, made = [*part.glob('checkpoint*.pt')], time.perf_counter(), {}
-    earlier, hardware = sum(map(seconds_in, checkpoints)), [h for c in checkpoints for h in hardware_in(c)]
+    earlier, sessions = sum(map(seconds_in, checkpoints)), [m for c in checkpoints for m in made_in(c)]
     yield made
-    with using(settings): hardware.append(computed_on(device))
-    made |= provenance(device) | dict(hardware='; '.join(dict.fromkeys(hardware)), seconds=time.perf_counter() - start + earlier,
-                         resumed=bool(checkpoints), at=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    with using(settings): sessions.append(computed_with(device))
+    made |= {k: '; '.join(each_once(m[k] for m in sessions if k in m)) for k in sessions[-1]}
+    made |= dict(seconds=time.perf_counter() - start + earlier, resumed=bool(checkpoints),
+                 at=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 
 def _trained(e: Experiment, data: ImageData, checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -21,9 +21,9 @@ import torch
 from .backends import BACKENDS
 from .core import data_dir, of_this_package, runs_dir, whole
 from .datasets import DATASETS, load_data
-from .engine import pick_device
+from .engine import each_once, pick_device
 from .experiment import Experiment
-from .files import BusyError
+from .files import BusyError, in_short
 from .store import SCHEMA, Run, RunError, check_sizes, check_stored, data_on, registered, run
 from .training import DivergedError
 
@@ -60,8 +60,7 @@ def measured(run: Run) -> dict[str, Any]:
         row |= {f'{metric}_{part}_{name}': v for part, s in a['scores'].items() for metric, v in s.items()}
         row |= {f'seconds_{name}': round(a['seconds'], 2), f'resumed_{name}': a['resumed'], f'finished_{name}': a['finished']}
     made = r, *attacks.values()
-    def named(k): return [v for m in made for v in m[k].split('; ')]  # a part that was resumed elsewhere names several
-    where = {k: '; '.join(dict.fromkeys(named(k))) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
+    where = {k: '; '.join(each_once(m[k] for m in made)) for k in ('hardware', 'python', 'torch', 'cem_nb', 'date')}
     return row | dict(run=run.path.name, **where)
 
 # %% ../nbs/5_run/04_sweep.ipynb #cdab2a9c
@@ -177,7 +176,7 @@ class Pool:
             raise RunError('a worker process died, perhaps for lack of memory; start again, with fewer jobs at a time: what is '
                            'finished is kept') from None
         if isinstance(outcomes, torch.OutOfMemoryError):
-            raise RunError(f'the GPU has too little memory for so many runs at a time ({str(outcomes).splitlines()[0]}); start again, '
+            raise RunError(f'the GPU has too little memory for so many runs at a time ({in_short(outcomes)}); start again, '
                            'with fewer jobs: what is finished is kept') from None
         if isinstance(outcomes, Exception): raise outcomes
         found, seconds = outcomes[self._jobs[key].index(e)]

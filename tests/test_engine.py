@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from cem_nb import engine as engine_module
@@ -59,7 +60,11 @@ def test_nothing_is_left_of_it_after_an_error_or_an_interrupt():
     net, x = small_net(), torch.rand(2, 3, 8, 8)
     with pytest.raises(KeyboardInterrupt), using(BF16), engine(net, device=CPU): raise KeyboardInterrupt
     assert 'forward' not in vars(net) and net(x).dtype == torch.float32
-    for _ in epochs(2, state=dict(net=net), history=[], seed=0, stage='s'): break  # a loop that is left in the middle
+    with using(BF16):
+        for _ in epochs(2, state=dict(net=net), history=[], seed=0, stage='s'):
+            assert 'forward' in vars(net)
+            break  # a loop that is left in the middle
+        assert 'forward' not in vars(net)
     with engine(net, device=CPU): assert 'forward' not in vars(net)  # `using` is over
 
 
@@ -165,7 +170,7 @@ def test_a_compiled_training_follows_the_eager_one(digits):
 @pytest.mark.parametrize('precision', ['float32', 'bf16'])
 def test_the_twelfth_network_is_compiled_as_the_first_is(precision, monkeypatch):
     compiled = []
-    def backend(graph, inputs):
+    def backend(graph, inputs, options):
         compiled.append([type(x) for x in inputs])
         return graph.forward
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
@@ -179,38 +184,93 @@ def test_the_twelfth_network_is_compiled_as_the_first_is(precision, monkeypatch)
     assert not any(int in types or torch.SymInt in types for types in compiled)  # for its own shapes, whatever came before
 
 
-def test_a_network_that_cannot_be_compiled_says_what_to_do(monkeypatch):
-    def backend(graph, inputs): raise ArithmeticError('out of registers')
+@pytest.mark.parametrize('pass_', ['fw', 'bw'])
+def test_a_network_that_cannot_be_compiled_says_what_to_do(pass_, monkeypatch):
+    def failing(graph, inputs): raise ArithmeticError('out of registers')
+    backend = aot_autograd(**dict(fw_compiler=lambda graph, inputs: graph.forward) | {f'{pass_}_compiler': failing})
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
     monkeypatch.setattr(engine_module, 'can_compile', lambda device: True)
     net = nn.Linear(3, 2)
     with using(EngineSettings(compile=True)), engine(net, device=CPU):
-        with pytest.raises(RunError, match='cannot be compiled here .*out of registers.*; give compile False'): net(torch.rand(2, 3))
+        with pytest.raises(RunError, match='cannot be compiled here .*out of registers.*; give compile False'):
+            net(torch.rand(2, 3))
+
+
+@pytest.mark.skipif(not can_compile('cpu'), reason='torch.compile finds no compiler here')
+def test_no_kernel_is_chosen_by_the_time_it_takes(tmp_path, monkeypatch):
+    "Both passes are compiled where the forward pass is first made, in the mode in which inductor measures nothing."
+    from torch._inductor import compile_fx, config as inductor  # takes seconds
+    honest, seen = compile_fx.fx_codegen_and_compile, []
+    def watched(*args, **how):
+        seen.append((how.get('is_backward', False), inductor.deterministic))
+        return honest(*args, **how)
+    monkeypatch.setattr(compile_fx, 'fx_codegen_and_compile', watched)
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))  # nothing was compiled before
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    with using(EngineSettings(compile=True)), engine(net, device=CPU): net(torch.rand(2, 3))
+    assert sorted(seen) == [(False, True), (True, True)] and not inductor.deterministic
+
+
+@pytest.mark.parametrize('said', ['', 'no C++ compiler\nand more'])
+def test_why_nothing_can_be_compiled_is_said_in_one_line(said, monkeypatch):
+    def missing(*args, **kwargs): raise RuntimeError(said)
+    monkeypatch.setattr(torch, 'compile', missing)
+    with pytest.warns(UserWarning) as warned: assert not can_compile.__wrapped__('cpu')
+    assert str(warned[0].message).endswith(f'fails on cpu ({"no C++ compiler" if said else "RuntimeError"})')
 
 
 def products(): return [p.fp32_precision for p in engine_module._PRODUCTS]
 
 
-def test_products_keep_all_digits_where_they_must_whatever_is_set_around_them():
+SWITCHES = {'all': torch.backends,
+            'cudnn': torch.backends.cudnn, 'mkldnn': torch.backends.mkldnn, 'cuda.matmul': torch.backends.cuda.matmul,
+            'cudnn.conv': torch.backends.cudnn.conv, 'cudnn.rnn': torch.backends.cudnn.rnn, 'mkldnn.matmul': torch.backends.mkldnn.matmul,
+            'mkldnn.conv': torch.backends.mkldnn.conv, 'mkldnn.rnn': torch.backends.mkldnn.rnn}
+SET = [('older name', 'high'), ('older name', 'medium'), *((s, 'tf32') for s in SWITCHES),
+       *((s, 'bf16') for s in SWITCHES if 'cu' not in s)]
+
+
+@pytest.fixture
+def switches():
+    "What every switch for the precision of products says; all are put back afterwards."
+    read = lambda: [s.fp32_precision for s in SWITCHES.values()]
+    before = read()
+    yield read
+    torch.set_float32_matmul_precision('highest')
+    for s, was in zip(SWITCHES.values(), before): s.fp32_precision = was
+
+
+@pytest.mark.parametrize(('switch', 'value'), SET)
+def test_products_keep_all_digits_where_they_must_whatever_is_set_around_them(switch, value, switches):
     x, seen = torch.rand(3, 3, requires_grad=True), []
     class Watch(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x): seen.append(products()); return x.clone()
         @staticmethod
         def backward(ctx, slope): seen.append(products()); return slope
-    torch.set_float32_matmul_precision('medium')
-    try:
-        before = products()
-        full_precision(lambda x: Watch.apply(x).sum())(x).backward()
-        with pytest.raises(KeyError), all_digits(CPU):
-            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32  # torch answers
-            seen.append(products())
-            raise KeyError
-        all_digits()(lambda: seen.append(products()))()
-        assert products() == before and 'bf16' in before and torch.get_float32_matmul_precision() == 'medium'
-        assert torch.backends.cudnn.allow_tf32
-    finally: torch.set_float32_matmul_precision('highest')
-    assert seen == [['ieee']*len(before)]*4
+    usual = switches()
+    if switch in SWITCHES: SWITCHES[switch].fp32_precision = value
+    else: torch.set_float32_matmul_precision(value)
+    before = switches()
+    full_precision(lambda x: Watch.apply(x).sum())(x).backward()
+    with pytest.raises(KeyError), all_digits(CPU):
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32  # torch answers
+        assert torch.get_float32_matmul_precision() == 'highest'
+        seen.append(products())
+        raise KeyError
+    all_digits()(lambda: seen.append(products()))()
+    assert switches() == before and seen == [['ieee']*len(engine_module._PRODUCTS)]*4
+    if switch not in SWITCHES: assert torch.get_float32_matmul_precision() == value and before != usual
+
+
+@pytest.mark.parametrize('switch', ['all', 'mkldnn'])
+def test_a_common_switch_reaches_its_products_afterwards(switch, switches):
+    "What a product had from its common switch is not made its own."
+    SWITCHES[switch].fp32_precision = 'tf32'
+    with all_digits(): pass
+    assert 'tf32' in products()
+    SWITCHES[switch].fp32_precision = 'ieee'
+    assert not {s.fp32_precision for name, s in SWITCHES.items() if name.startswith('mkldnn') or switch == 'all'} - {'ieee'}
 
 
 def test_scores_mixtures_and_accuracies_are_taken_with_all_digits(digits):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cem_nb import files
 from cem_nb.core import runs_dir
-from cem_nb.files import DIGESTS, DamagedError, read_sealed, read_stamped, stamped, state_of, write_sealed, write_whole
+from cem_nb.files import DIGESTS, DamagedError, in_short, read_sealed, read_stamped, stamped, state_of, write_sealed, write_whole
 
 NO_FLOCK = """
 import errno, fcntl, os, sys, warnings
@@ -26,6 +26,13 @@ print('at it', flush=True)
 sys.stdin.read(1)  # until killed, or told to end
 writing.__exit__(None, None, None)
 """
+
+
+@pytest.mark.parametrize(('said', 'first', 'both'), [
+    ('no compiler', 'no compiler', 'no compiler'), ('\nno compiler\r\nwas found\nanywhere', 'no compiler', 'no compiler was found'),
+    ('', 'ValueError', 'ValueError'), (' \n', 'ValueError', 'ValueError')])
+def test_an_error_in_short_is_one_line_that_says_something(said, first, both):
+    assert in_short(ValueError(said)) == first and in_short(ValueError(said), 2) == both
 
 
 @pytest.mark.slow

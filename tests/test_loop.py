@@ -6,7 +6,8 @@ import torch
 
 from cem_nb.core import stage_seed
 from cem_nb.files import read_stamped, stamped
-from cem_nb.loop import epochs, fused, hardware_in, seconds_in
+from cem_nb.engine import computed_with
+from cem_nb.loop import epochs, fused, made_in, seconds_in
 
 
 def fit(n, path, stop=None):
@@ -102,14 +103,36 @@ def test_a_fused_step_takes_gradients_of_any_layout(kind, settings):
     assert torch.allclose(nets[0].weight, nets[1].weight, atol=1e-6)
 
 
-def test_what_was_begun_elsewhere_says_so(tmp_path):
+@pytest.mark.parametrize('kind, settings', [(torch.optim.Adam, dict(lr=0.1)), (torch.optim.SGD, dict(lr=0.1, momentum=0.9))])
+def test_a_fused_step_takes_a_state_of_any_layout(kind, settings):
+    "As of a training whose weights lay in channels_last."
+    nets = [torch.nn.Conv2d(4, 4, 3) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    opts = fused(kind, nets[0], **settings), kind(nets[1].parameters(), **settings)
+    for step in range(3):
+        slope = torch.randn(4, 4, 3, 3)
+        for net, opt in zip(nets, opts):
+            net.weight.grad = slope.clone()
+            opt.step()
+        saved = opts[0].state_dict()
+        for kept in saved['state'].values():
+            kept |= {k: v.contiguous(memory_format=torch.channels_last) for k, v in kept.items() if torch.is_tensor(v) and v.ndim == 4}
+        opts[0].load_state_dict(saved)
+        assert any(v.stride() != nets[0].weight.stride() for v in opts[0].state[nets[0].weight].values() if torch.is_tensor(v) and v.ndim)
+    assert torch.allclose(nets[0].weight, nets[1].weight, atol=1e-6)
+
+
+def test_what_was_begun_elsewhere_or_with_other_versions_says_so(tmp_path):
     path = saved_after(tmp_path)
-    here, = hardware_in(path)
-    put(path, contents(path) | dict(hardware=['another machine, bf16']))
+    here, = made_in(path)
+    assert here == computed_with(torch.device('cpu'))
+    put(path, contents(path) | dict(made=[here | dict(hardware='another machine, bf16'), here | dict(torch='1.0')]))
     fit(6, path)
-    assert hardware_in(path) == ['another machine, bf16', here]
-    put(path, {k: v for k, v in contents(path).items() if k != 'hardware'})  # as it was before
-    assert hardware_in(path) == hardware_in(tmp_path/'none.pt') == []
+    assert made_in(path) == [here | dict(hardware='another machine, bf16'), here | dict(torch='1.0'), here]
+    put(path, {k: v for k, v in contents(path).items() if k != 'made'} | dict(hardware=['another machine']))  # as it was before 0.2.1
+    assert made_in(path) == [dict(hardware='another machine')]
+    put(path, {k: v for k, v in contents(path).items() if k != 'hardware'})  # and before that
+    assert made_in(path) == made_in(tmp_path/'none.pt') == []
 
 
 def test_an_epoch_that_keeps_nothing_is_an_error():

@@ -61,7 +61,8 @@ def test_restarts_and_images_count(known):
     (dict(seconds_decoder=[3.0, 3.0]), 'Bottleneck: decoder took no longer'),
     (dict(seconds_train=[3.0, math.nan]), 'Bottleneck: train diverged within 6 epochs'),
     (dict(seconds_train=None), 'Bottleneck: train diverged'),
-    (dict(hardware=['a machine', 'another']), 'on a machine and another; time all on one kind')])
+    (dict(hardware=['a machine', 'another']), 'on a machine and another; time all on one kind'),
+    (dict(hardware=['a machine; another']*2), 'on a machine and another; time all on one kind')])
 def test_times_that_give_no_line_are_refused(spoilt, cause, monkeypatch):
     def sweep(base, rows, **how):
         frame = pd.DataFrame([times(base.replace(**r)) for r in rows])

@@ -106,6 +106,8 @@ def test_caption_says_what_was_run():
     changed = f.assign(image_size=48.0, arch='resnet20', noise_std=[0.1]*4 + [0.2]*4, lam=np.where(f.cem, 2.5, 0))
     for words in ('48 pixels', 'resnet20', 'λ = 2.5', 'noise_std = 0.1, 0.2'): assert words in caption(changed)
     assert 'λ' not in caption(f[~f.cem]) and '1 seed,' in caption(f[f.seed == 0])
+    resumed = f.assign(hardware=['a CPU; a GPU', *['a GPU']*7], date=['2026-01-01', '2026-01-01; 2026-01-02', *['2026-01-02']*6])
+    assert caption(resumed).endswith('2 seeds, on a CPU, a GPU, 2026-01-01, 2026-01-02')
     assert caption(as_run(1)) == '1 seed'  # a frame that says nothing of itself
 
 

@@ -248,22 +248,24 @@ def test_a_file_where_a_run_belongs_is_said_before_the_training(monkeypatch):
     with pytest.raises(RunError, match='is no folder'): one()
 
 
-def test_seconds_and_hardware_of_a_resumed_run_are_those_of_all_sessions(monkeypatch):
+def test_seconds_hardware_and_versions_of_a_resumed_run_are_those_of_all_sessions(monkeypatch):
     class Stop(Exception): pass
     def first_epoch_only(*a, **k):
         if k.get('epoch', a[-1]): raise Stop
         time.sleep(0.5)
         return real(*a, **k)
-    real = training.train_epoch
+    real, elsewhere = training.train_epoch, dict(hardware='another machine', torch='2.11.0', cem_nb='0.1.9')
     with monkeypatch.context() as m:
         m.setattr(training, 'train_epoch', first_epoch_only)
-        m.setattr('cem_nb.engine.provenance', lambda device: dict(hardware='another machine'))
+        m.setattr('cem_nb.engine.provenance', lambda device: provenance(device) | elsewhere)
         with pytest.raises(Stop): one()
     done = one()
-    assert done.result['hardware'].split('; ') == ['another machine', provenance(torch.device('cpu'))['hardware']]
+    here = provenance(torch.device('cpu'))
+    assert all(done.result[k].split('; ') == [v, here[k]] for k, v in elsewhere.items())
+    assert done.result['python'] == here['python']
     row = measured(done)
     assert row['resumed_train'] and not row['resumed_decoder'] and row['seconds_train'] >= 0.5
-    assert row['hardware'] == done.result['hardware']  # the decoder's, which is one of the two, is not said again
+    assert all(row[k] == done.result[k] for k in elsewhere)  # the decoder's, which is one of the two, is not said again
 
 
 def test_full_disk_is_a_clear_error_and_costs_nothing(monkeypatch):
